@@ -1,0 +1,18 @@
+"""baseline_cl_t1.py for the chips of DOTA's objects: the head teacher T1 of T2FTS, as there but for the data set.
+
+    python dota_baseline_cl_t1.py
+"""
+
+from dataclasses import replace
+
+from baseline_cl_t1 import SETTINGS, STAGE
+from engine import run_stage
+
+# Edit here, or in baseline_cl_t1.py what both are to share; every setting is also a flag.
+SETTINGS = replace(
+    SETTINGS,
+    data_root="data/DOTA",  # made by prepare_dataset.py
+)
+
+if __name__ == "__main__":
+    run_stage(STAGE, SETTINGS, __doc__)

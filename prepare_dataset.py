@@ -1,0 +1,219 @@
+"""Make a data set (dataset.json, train.txt, val.txt, test.txt) out of images on disk, or check one.
+
+    python prepare_dataset.py fgsc23 FGSC-23/ data/fgsc23              # released lists, or train/<id>/ and test/<id>/
+    python prepare_dataset.py fgsc23 T2FTS/ images/ data/fgsc23        # lists and images distributed apart
+    python prepare_dataset.py dota DOTA/train DOTA/val data/dota       # DOTA v1.0; its val part becomes the test part
+    python prepare_dataset.py coco train.json test.json data/nwpu --imbalance 40 --max-per-class 400
+    python prepare_dataset.py folders UCMerced/ data/ucm --imbalance 20
+    python prepare_dataset.py check data/dota
+
+Images that lie one file an object are not copied: the data set points at them. DOTA and COCO objects are cut out as
+grey PNGs into DESTINATION/images/."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from check_dataset import check_dataset, print_table
+from chips import cut_chips, read_coco, read_dota
+from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, write_dataset
+from division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
+from runtime import UserError, run_script
+from sources import published_deviations, read_fgsc23, read_folders
+
+TEST_FRACTION = 0.2
+MARGIN = 0.1
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("kind", choices=("fgsc23", "dota", "coco", "folders", "check"), help="what the sources are, or `check`")
+    add("paths", nargs="+", type=Path, metavar="SOURCE... DESTINATION",
+        help="where the images and annotations lie, and the folder to make; for `check` the data set alone")
+    add("--imbalance", type=float, metavar="F", help="cut the train classes, ranked by count, to an exponential "
+        "profile whose largest class is F times its smallest")
+    add("--max-per-class", type=int, metavar="N", help="train images a class at most")
+    add("--val-fraction", type=float, default=0.1, metavar="F", help="part of each train class that is held out for "
+        "validation, at least one image and never all; 0 for none (default %(default)s)")
+    add("--test-fraction", type=float, metavar="F", help="part of each class that becomes the test part, where the "
+        f"source has none (default {TEST_FRACTION})")
+    add("--head-min", type=int, metavar="N", help="head classes have N training images or more (with --tail-max)")
+    add("--tail-max", type=int, metavar="N", help="tail classes have N training images or fewer (with --head-min)")
+    add("--margin", type=float, metavar="F", help="dota, coco: a chip's edges are 1 + F times those of the object's "
+        f"box, half of it on each side (default {MARGIN})")
+    add("--images", type=Path, metavar="DIR", help="coco: where the images lie, if not beside the JSON file")
+    add("--processes", type=int, metavar="N", help="how many processes decode; default one a core. Each holds one "
+        "whole image in memory: up to 1.6 GB for the largest of DOTA")
+    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default %(default)s)")
+    return parser.parse_intermixed_args(argv)
+
+
+def check_arguments(args):
+    """Raise UserError for a value out of its range, or a flag that says nothing about this kind."""
+    if len(args.paths) < 2 and args.kind != "check":
+        raise UserError(f"{args.kind}: expected SOURCE... DESTINATION, found only {args.paths[0]}")
+    if len(args.paths) > {"check": 1, "folders": 2}.get(args.kind, len(args.paths)):
+        expected = "DATASET" if args.kind == "check" else "SOURCE DESTINATION"
+        raise UserError(f"{args.kind}: expected {expected}, found {len(args.paths)} paths")
+    for flag, value, fits, expected in (
+            ("--imbalance", args.imbalance, lambda v: 1 <= v < float("inf"), "a number of at least 1"),
+            ("--max-per-class", args.max_per_class, lambda v: v >= 1, "at least 1"),
+            ("--val-fraction", args.val_fraction, lambda v: 0 <= v < 1, "at least 0 and less than 1"),
+            ("--test-fraction", args.test_fraction, lambda v: 0 < v < 1, "more than 0 and less than 1"),
+            ("--margin", args.margin, lambda v: 0 <= v <= 10, "0 to 10"),
+            ("--processes", args.processes, lambda v: v >= 1, "at least 1"),
+            ("--seed", args.seed, lambda v: 0 <= v < 2**32, f"0 to {2**32 - 1}")):
+        if value is not None and not fits(value):
+            raise UserError(f"{flag} {value}: expected {expected}")
+    if (args.head_min is None) != (args.tail_max is None):
+        raise UserError("--head-min and --tail-max: give both, or neither")
+    if args.head_min is not None and args.tail_max >= args.head_min:
+        raise UserError(f"--tail-max {args.tail_max}: expected less than --head-min {args.head_min}")
+    if args.margin is not None and args.kind not in ("dota", "coco"):
+        raise UserError(f"--margin: only for dota and coco, where objects are cut out; not for {args.kind}")
+    if args.images is not None and args.kind != "coco":
+        raise UserError(f"--images: only for coco, not for {args.kind}")
+
+
+def check_destination(destination):
+    """Raise UserError where `destination` holds anything that this script would write."""
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"{destination}: is a file; expected a folder to make")
+    for name in ("dataset.json", *(f"{split}.txt" for split in SPLITS)):
+        if (destination / name).exists():
+            raise UserError(f"{destination}: holds a {name} already; remove it or give another destination")
+
+
+def read_source(args):
+    """The `sources.Source` of any kind."""
+    *paths, _ = args.paths
+    margin = MARGIN if args.margin is None else args.margin
+    try:
+        if args.kind == "fgsc23":
+            return read_fgsc23(paths)
+        if args.kind == "dota":
+            return read_dota(paths, margin)
+        if args.kind == "coco":
+            return read_coco(paths, margin, args.images)
+        return read_folders(paths[0])
+    except OSError as error:
+        raise UserError(f"{error.filename or paths[0]}: could not be read ({error.strerror or error})") from None
+
+
+def hold_out(samples, fraction, num_classes, generator):
+    """Divide [(item, label)] by class: (those kept, those held out), both in their old order."""
+    labels = [label for _, label in samples]
+    held = set(choose(labels, held_out_counts(class_counts(labels, num_classes), fraction), generator).tolist())
+    return ([sample for i, sample in enumerate(samples) if i not in held],
+            [sample for i, sample in enumerate(samples) if i in held])
+
+
+def divide(source, args):
+    """{"train": ..., "val": ..., "test": ...} of [(item, label)], the long-tailed train counts, and notes."""
+    notes, train, test, classes = list(source.notes), source.train, source.test, len(source.classes)
+    # A generator for each choice: another --imbalance leaves the test part as it is.
+    generators = [np.random.default_rng([args.seed, purpose]) for purpose in range(3)]
+    if test is None:
+        train, test = hold_out(train, args.test_fraction or TEST_FRACTION, classes, generators[0])
+        if args.kind in ("dota", "coco"):
+            notes.append("divided by object: chips of one image lie in both the train and the test part")
+    elif args.test_fraction is not None:
+        notes.append("--test-fraction has no effect: the source has a test part")
+    if not train or not test:
+        raise UserError(f"{args.paths[0]}: no {'test' if train else 'training'} images; expected two or more a class")
+    available = class_counts([label for _, label in train], classes)
+    counts = long_tail_counts(available, args.imbalance, args.max_per_class)
+    train = [train[i] for i in choose([label for _, label in train], counts, generators[1])]
+    present = counts[counts > 0]
+    if args.imbalance and len(present) > 1 and not 0.9 < present.max() / present.min() / args.imbalance < 1.1:
+        notes.append(f"the imbalance reached is {present.max() / present.min():.3g}, not {args.imbalance:g}: counts "
+                     "are whole numbers and no class can keep more images than it has")
+    kept, val = hold_out(train, args.val_fraction, classes, generators[2])
+    notes += [f"class {c} ({name}) has one training image: none of it is held out"
+              for c, name in enumerate(source.classes) if counts[c] == 1 and args.val_fraction]
+    return {"train": kept, "val": val, "test": test}, counts, notes
+
+
+def make_groups(source, counts, args):
+    """({"head": ids, "middle": ids, "tail": ids}, the rule in words), by training counts before val is held out."""
+    if args.head_min is not None:
+        rule = (f"head has at least {args.head_min} training images (train and val together), tail at most "
+                f"{args.tail_max}")
+        return groups_by_threshold(counts, args.head_min, args.tail_max), rule
+    if source.published and not args.imbalance:
+        return source.published["groups"], "the sets that the paper publishes"
+    return groups_by_thirds(counts)
+
+
+def relative_paths(lists):
+    """Absolute image paths -> (their common folder, the lists with paths relative to it)."""
+    folders = {os.path.dirname(path) for samples in lists.values() for path, _ in samples}
+    common = os.path.commonpath(folders)
+    return Path(common), {split: [(Path(os.path.relpath(path, common)).as_posix(), label) for path, label in samples]
+                          for split, samples in lists.items()}
+
+
+def write(destination, source, lists, groups, rule, args):
+    """Cut the chips, if there are any, and write the data set; after a failure nothing of it is left."""
+    images, existed = destination / "images", destination.exists()
+    has_chips = not isinstance(lists["train"][0][0], str)
+    if has_chips and images.exists():
+        raise UserError(f"{images}: exists already; remove it or give another destination")
+    try:
+        if has_chips:
+            # Validation chips lie with those of train, where they come from.
+            folder_of = {"train": "train", "val": "train", "test": "test"}
+            chips = [(f"{folder_of[split]}/{chip.name}", chip) for split in SPLITS for chip, _ in lists[split]]
+            cut_chips(chips, images, args.processes)
+            lists = {split: [(f"{folder_of[split]}/{chip.name}", label) for chip, label in samples]
+                     for split, samples in lists.items()}
+        else:
+            images, lists = relative_paths(lists)
+        unwritable = [path for samples in lists.values() for path, _ in samples if not path.isprintable()]
+        if unwritable:
+            raise UserError(f"{images}: {unwritable[0]!a}: unprintable characters cannot stand in a list; rename it")
+        genuine = source.published and source.test and not (args.imbalance or args.max_per_class)
+        name = source.published["name"] if genuine else destination.resolve().name
+        settings = {key: value for key, value in vars(args).items() if key not in ("paths", "images", "processes")}
+        settings["sources"] = [str(path) for path in args.paths[:-1]]
+        info = DatasetInfo(destination, name, source.classes, groups, rule, images)
+        write_dataset(info, lists, {"command": "prepare_dataset.py", **settings})
+    except BaseException as error:
+        if has_chips:
+            shutil.rmtree(destination / "images", ignore_errors=True)
+        for split in SPLITS:
+            (destination / f"{split}.txt").unlink(missing_ok=True)
+        if not existed:
+            shutil.rmtree(destination, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{destination}: could not be written ({error.strerror or error})") from None
+        raise
+    return info, lists
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_arguments(args)
+    if args.kind == "check":
+        return check_dataset(args.paths[0], args.processes)
+    destination = args.paths[-1]
+    check_destination(destination)
+    source = read_source(args)
+    lists, counts, notes = divide(source, args)
+    if source.published and source.test:
+        notes += published_deviations(source)
+    groups, rule = make_groups(source, counts, args)
+    notes += [f"group {group} is empty ({rule})" for group in GROUPS if not groups[group]]
+    info, lists = write(destination, source, lists, groups, rule, args)
+    print_table(info, {split: [label for _, label in samples] for split, samples in lists.items()})
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{destination}: {info.name} is ready")
+
+
+if __name__ == "__main__":
+    run_script(main)

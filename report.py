@@ -1,0 +1,229 @@
+"""What people read: accuracies by class and group, `results.json`, the authors' text form, tables and pictures."""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from dataset import GROUPS
+from runtime import atomic_path, say, write_json
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
+SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
+
+
+def accuracies(confusion, info, classes, train_counts):
+    """Accuracies, as fractions, from a confusion matrix.
+
+    confusion: (C, C) int, [true, predicted]. classes: the ids that were tested. train_counts: (C,) training images.
+    `overall`, `head`, `middle` and `tail` weigh every image alike, `head_class_mean` and its like every class; a group
+    without a tested image is None. `mean_per_class` is over the classes that have a test image."""
+    group_of_class = info.group_of_class().tolist()
+    correct, images = confusion.diag().tolist(), confusion.sum(1).tolist()
+    per_class = [{"id": c, "name": info.classes[c], "group": GROUPS[group_of_class[c]], "train": int(train_counts[c]),
+                  "test": images[c], "accuracy": correct[c] / images[c] if images[c] else None} for c in classes]
+
+    def by_image(ids):
+        total = sum(images[c] for c in ids)
+        return sum(correct[c] for c in ids) / total if total else None
+
+    def by_class(rows):
+        values = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+        return mean(values) if values else None
+
+    in_group = {group: [row for row in per_class if row["group"] == group] for group in GROUPS}
+    return {
+        "images": sum(images[c] for c in classes), "overall": by_image(classes),
+        **{group: by_image([row["id"] for row in rows]) for group, rows in in_group.items()},
+        **{f"{group}_class_mean": by_class(rows) for group, rows in in_group.items()},
+        "mean_per_class": by_class(per_class), "per_class": per_class,
+    }
+
+
+def percent(fraction, width=6):
+    """0.8873 -> ' 88.73'; None -> '     -'."""
+    return f"{'-' if fraction is None else format(100 * fraction, '.2f'):>{width}}"
+
+
+def results_table(results):
+    """The table of one test as text: a line a class, then the summary."""
+    width = max(len(row["name"]) for row in results["per_class"])
+    lines = [f"{'id':>3} {'class':<{width}} {'group':<6} {'train':>6} {'test':>6} {'accuracy':>8}"]
+    lines += [f"{row['id']:>3} {row['name']:<{width}} {row['group']:<6} {row['train']:>6} {row['test']:>6} "
+              f"{percent(row['accuracy'], 8)}" for row in results["per_class"]]
+    lines.append("by image:   " + "   ".join(
+        f"{name} {percent(results[name]).strip()}" for name in ("overall", *GROUPS)))
+    lines.append("class mean: " + "   ".join(
+        f"{name} {percent(results[key]).strip()}"
+        for name, key in [("all", "mean_per_class"), *((group, f"{group}_class_mean") for group in GROUPS)]))
+    chosen = {"val": "on the held-out part of train", "test": "on the TEST part (the authors' protocol)"}.get(
+        results["selected_on"], "in a way this file does not tell")
+    lines.append(f"{results['images']} test images; epoch chosen {chosen}; {results['parameters'] / 1e6:.2f} M "
+                 f"parameters, {results['flops'] / 1e9:.2f} GFLOP and {results['ms_per_image']} ms an image at "
+                 f"{results['image_size']}x{results['image_size']} ({results['precision']}, batches of "
+                 f"{results['ms_per_image_batch']}, {results['device']})")
+    return "\n".join(lines)
+
+
+def authors_text(results):
+    """The result file as the authors' code writes it: `id:accuracy` lines, then the averages over images."""
+    lines = [f"{row['id']}:{0.0 if row['accuracy'] is None else row['accuracy']}" for row in results["per_class"]]
+    lines += [f"average_acc:{results['overall']}"]
+    lines += [f"{group}_ave:{results[group]}" for group in GROUPS if results[group] is not None]
+    return "\n".join([*lines, f"test_image_all:{results['images']}"]) + "\n"
+
+
+def write_results(folder, results):
+    """Print the table and write results.json, results.txt (the authors' form) and confusion.png into `folder`."""
+    print(results_table(results), flush=True)
+    draw_confusion(results, folder / "confusion.png")
+    with atomic_path(folder / "results.txt") as temporary:
+        temporary.write_text(authors_text(results), encoding="utf-8")
+    write_json(folder / "results.json", results)
+    print(f"written: {folder / 'results.json'}, results.txt, confusion.png", flush=True)
+
+
+def log_epoch(record, settings, run, writer):
+    """Print the one line of an epoch, and give it to TensorBoard if `writer` is not None."""
+    chosen_on = f"{settings.select}_accuracy"
+    fixed = ("epoch", "lr", "loss", "seconds", "images_per_second", chosen_on)
+    terms = "".join(f"  {name} {value:.4f}" for name, value in record.items() if name not in fixed)
+    say(f"epoch {record['epoch']:>3}/{settings.epochs}  lr {record['lr']:.1e}  loss {record['loss']:.4f}{terms}  "
+        f"{settings.select} {record[chosen_on]:.4f} (best {run.best_accuracy:.4f} at {run.best_epoch})  "
+        f"{record['images_per_second']:.0f} images/s")
+    if writer:
+        for name, value in record.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def comparison(runs):
+    """Mean and standard deviation of the summary accuracies.
+
+    runs: {row name: [results of one seed, ...]}. Returns {row name: {measure: (mean, deviation, values)}}; the
+    deviation is that of a sample (n - 1), 0 for one seed."""
+    table = {}
+    for name, seeds in runs.items():
+        table[name] = {}
+        for measure in SUMMARY:
+            values = [results[measure] for results in seeds]
+            if None not in values:
+                table[name][measure] = (mean(values), stdev(values) if len(values) > 1 else 0.0, values)
+    return table
+
+
+def comparison_table(table, seeds):
+    """The comparison as text, in per cent; with several seeds as mean ± standard deviation.
+
+    overall, head, middle and tail are averages over images, as in the paper; the last two over classes."""
+    columns = [(name, name) for name in ("overall", *GROUPS)]
+    columns += [("class mean", "mean_per_class"), ("tail cl. mean", "tail_class_mean")]
+    width = max(len(name) for name in table)
+    cell = 15
+    lines = [" " * width + "".join(f"{title:>{cell}}" for title, _ in columns)]
+    for name, row in table.items():
+        cells = []
+        for _, measure in columns:
+            if measure not in row:
+                cells.append("-")
+            elif seeds == 1:
+                cells.append(f"{100 * row[measure][0]:.1f}")
+            else:
+                cells.append(f"{100 * row[measure][0]:.1f} ± {100 * row[measure][1]:.1f}")
+        lines.append(f"{name:<{width}}" + "".join(f"{text:>{cell}}" for text in cells))
+    return "\n".join(lines)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _figure(width, height):
+    # Imported late: it takes half a second, and only a picture needs it. No pyplot, so no window and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path):
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def draw_confusion(results, path):
+    """The confusion matrix as a picture: rows are true classes, each scaled to sum 1, named in their group's colour."""
+    ids = [row["id"] for row in results["per_class"]]
+    side = max(5.0, 0.32 * len(ids) + 2.5)
+    figure = _figure(side, side)
+    axes = figure.add_subplot()
+    rows = [[results["confusion"][true][predicted] for predicted in ids] for true in ids]
+    totals = [max(row["test"], 1) for row in results["per_class"]]
+    shares = [[count / total for count in row] for row, total in zip(rows, totals, strict=True)]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, row in enumerate(rows):
+        for x, count in enumerate(row):
+            if count:
+                axes.text(x, y, str(count), ha="center", va="center", fontsize=6,
+                          color="white" if shares[y][x] > 0.5 else "black")
+    names = [f"{row['name']} ({row['train']})" for row in results["per_class"]]
+    axes.set_xticks(range(len(ids)), [row["name"] for row in results["per_class"]], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(ids)), names, fontsize=7)
+    for label, row in zip(axes.get_yticklabels(), results["per_class"], strict=True):
+        label.set_color(GROUP_COLOURS[row["group"]])
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true class (training images)")
+    overall = percent(results["overall"]).strip()
+    axes.set_title(f"{results['dataset']}, {results['stage']}: overall {overall} %", fontsize=9)
+    _save(figure, path)
+
+
+def draw_curves(folder):
+    """curves.png from log.jsonl: loss terms, and the accuracy that the best epoch was chosen by."""
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    epochs = [record["epoch"] for record in records]
+    figure = _figure(9, 3.6)
+    losses, accuracy = figure.subplots(1, 2)
+    for name in records[0]:
+        if name == "loss" or name == "cross_entropy" or name.startswith("mse_"):
+            losses.plot(epochs, [record[name] for record in records], label=name)
+        elif name.endswith("_accuracy"):
+            accuracy.plot(epochs, [100 * record[name] for record in records], label=name)
+    losses.set_yscale("log")
+    losses.set_ylabel("mean over the epoch")
+    accuracy.set_ylabel("per cent")
+    for axes in (losses, accuracy):
+        axes.set_xlabel("epoch")
+        axes.legend(fontsize=8)
+    _save(figure, Path(folder) / "curves.png")
+
+
+def draw_comparison(runs, path):
+    """Accuracy of every class in every row of `runs`, the classes with most training images first.
+
+    runs: {row name: [results of one seed, ...]}; the bars are means over seeds."""
+    rows = sorted(next(iter(runs.values()))[0]["per_class"], key=lambda row: -row["train"])
+    figure = _figure(max(7.0, 0.42 * len(rows) + 2), 4.5)
+    axes = figure.add_subplot()
+    width = 0.8 / len(runs)
+    for number, (name, seeds) in enumerate(runs.items()):
+        values = []
+        for row in rows:
+            found = [other["accuracy"] for results in seeds for other in results["per_class"]
+                     if other["id"] == row["id"] and other["accuracy"] is not None]
+            values.append(100 * mean(found) if found else math.nan)
+        axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name)
+    axes.set_xticks(range(len(rows)), [f"{row['name']} ({row['train']})" for row in rows], rotation=60, ha="right",
+                    fontsize=7)
+    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
+        label.set_color(GROUP_COLOURS[row["group"]])
+    axes.set_ylabel("accuracy, per cent")
+    axes.set_title("class (training images), coloured head, middle, tail", fontsize=9)
+    axes.legend(fontsize=8)
+    _save(figure, path)

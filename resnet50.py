@@ -1,0 +1,109 @@
+"""The one network of T2FTS: torchvision's ResNet-50 with a stem for grey images, and how weights get into it: from
+nowhere, from ImageNet, from a checkpoint of this project, or from the weights that the authors released."""
+
+import torch
+from torch import nn
+from torchvision.models import ResNet50_Weights
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from runtime import UserError, load_checkpoint
+
+
+class ResNet50(ResNet):
+    """ResNet-50 over grey images. Convolutions start as N(0, sqrt(2 / (k * k * c_out))), batch norms as 1 / 0."""
+
+    def __init__(self, num_classes):
+        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
+        self.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def layer3_features(self, images):
+        """f(x) of the paper. images: (B, 1, H, W) float in [-1, 1]. Returns (B, 1024, H/16, W/16)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, 64, H/4, W/4)
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, images):
+        """images: (B, 1, H, W). Returns the logits z(x) (B, classes) and the layer3 features f(x)
+        (B, 1024, H/16, W/16)."""
+        features = self.layer3_features(images)
+        pooled = torch.flatten(self.avgpool(self.layer4(features)), 1)  # (B, 2048)
+        return self.fc(pooled), features
+
+
+def read_weights(path):
+    """A checkpoint file as (state dict in the names of ResNet50, description or None).
+
+    Reads this project's checkpoints, plain state dicts, and the authors' released files: `conv2` is their stem,
+    `fclass` their classifier, `conv1` a layer that their forward pass never used; a `module.` before every name is
+    dropped. The description is what this project's checkpoints say of themselves (stage, classes, preprocessing, ...).
+    Raises UserError for anything else."""
+    content = load_checkpoint(path)
+    description = None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content, description = content["model"], content.get("description")
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
+        raise UserError(f"{path}: not a state dict; expected names with tensors, or a checkpoint of this project")
+    state = dict(content)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    if "fclass.weight" in state and "conv2.weight" in state:
+        state.pop("conv1.weight", None)
+        renamed = {"conv2.weight": "conv1.weight", "fclass.weight": "fc.weight", "fclass.bias": "fc.bias"}
+        state = {renamed.get(name, name): value for name, value in state.items()}
+    return state, description
+
+
+def load_state(network, state, path):
+    """Load a state dict whole into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
+    expected = network.state_dict()
+    classifier = state.get("fc.weight")
+    if classifier is not None and classifier.shape[:1] != expected["fc.weight"].shape[:1]:
+        raise UserError(f"{path}: is for {classifier.shape[0]} classes; the data set has {network.fc.out_features}")
+    for complaint, names in (("lacks", [n for n in expected if n not in state]),
+                             ("holds the unknown", [n for n in state if n not in expected])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path}: {complaint} {names[0]}{more}; expected the {len(expected)} entries of ResNet-50")
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}; expected {tuple(value.shape)}")
+    network.load_state_dict(state)
+
+
+def load_network(path, num_classes):
+    """A ResNet50 with the weights of a file, and the file's description (None for plain state dicts)."""
+    state, description = read_weights(path)
+    network = ResNet50(num_classes)
+    load_state(network, state, path)
+    return network, description
+
+
+def initialise(network, init):
+    """Fill `network` in place as `init` says, and return in words what was loaded and what was not.
+
+    init: `none`; `imagenet` (torchvision's weights); or a file: a checkpoint of the same classes, or torchvision's
+    ResNet-50 file where it cannot be downloaded."""
+    if init == "none":
+        return "random weights"
+    if init == "imagenet":
+        try:
+            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
+                            f"{ResNet50_Weights.IMAGENET1K_V1.url} and give the file as --init FILE, or --init none")
+        return _load_imagenet(network, state, "ImageNet")
+    state, description = read_weights(init)
+    if getattr(state.get("conv1.weight"), "shape", ())[1:2] == (3,):
+        return _load_imagenet(network, state, init)
+    load_state(network, state, init)
+    origin = f", {description['stage']} at epoch {description['epoch']}" if description else ""
+    return f"all {len(state)} entries from {init}{origin}"
+
+
+def _load_imagenet(network, state, source):
+    """Load a 3-channel, 1000-class ResNet-50: the stem summed over its input channels, the classifier left as it is."""
+    new = {"fc.weight": network.fc.weight.detach(), "fc.bias": network.fc.bias.detach()}
+    stem = state["conv1.weight"].sum(dim=1, keepdim=True)  # a grey pixel is the same value in all three channels
+    load_state(network, {**state, **new, "conv1.weight": stem}, source)
+    return f"{len(state) - 2} entries from {source} (stem summed over its 3 input channels), new: fc.weight, fc.bias"

@@ -1,0 +1,241 @@
+"""What every script here needs and no paper mentions: errors for the user, devices and precision, seeds, processes, and
+files that are whole or absent. Nothing in this module knows what is being trained."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import random
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend. The message is one line: what is wrong, where, what was
+    expected."""
+
+
+def run_script(main):
+    """Call `main()` as a program: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+
+    Exits with the integer that `main` returns, if any (None counts as 0)."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        status = 130
+    # A rank that fails must not wait at exit for the others, which may be waiting for it in a collective.
+    if status and dist.is_available() and dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)
+    stop_processes()
+    sys.exit(status)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, else deleted.
+
+    Whoever reads `path` sees the old file or the new one, never a part. Raises UserError where the disk is full or the
+    folder cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({error.strerror or error}); what was there before is untouched")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path):
+    """The JSON value in `path`. Raises UserError naming the file and line where it is absent or not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def sha256_of(path):
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- device, precision, seeds ----------------------------------------------------------------------------------------
+
+
+def resolve_device(name):
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> torch.device. `auto` is CUDA where there is one, else the CPU.
+
+    Under torchrun `auto` and `cuda` mean the GPU of this process's local rank. Raises UserError for anything else."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device; expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            raise UserError(f"--device {name}: torch {torch.__version__} sees {count} CUDA device(s); try --device cpu")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no MPS device here; try --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"--device {name}: unknown device; expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def resolve_precision(name, device):
+    """`fp32`, `bf16` or `auto` -> `fp32` or `bf16`. `auto` is bf16 only where the hardware multiplies it fast:
+    CUDA devices with bf16 units, CPUs with AMX tiles."""
+    if name not in ("fp32", "bf16", "auto"):
+        raise UserError(f"--precision {name}: expected fp32, bf16 or auto")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # The test for AMX is private in some releases of torch; where it is missing fp32 is the safe answer.
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and has_amx() else "fp32"
+
+
+def autocast(device, precision):
+    """Context manager under which a forward pass runs in `precision`. Parameters and losses stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and torch (every device). Ranges: 0 <= seed < 2**32."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: expected 0 to {2**32 - 1}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def library_versions():
+    """Versions of what a number depends on, as a dict of strings."""
+    import torchvision
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__), "numpy": np.__version__}
+
+
+def device_name(device):
+    """A device in words, for reports: the GPU's name, or the CPU's model with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    return f"{device.type}: {model}, {torch.get_num_threads()} threads"
+
+
+# ---- processes (torchrun) --------------------------------------------------------------------------------------------
+
+
+def start_processes(device):
+    """Join the process group that torchrun describes in the environment; without torchrun do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+
+def stop_processes():
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor):
+    """`tensor` summed over all processes, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def say(*words):
+    """Print on the first process only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+# ---- checkpoints and logs --------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain Python types, atomically. Only the first process writes."""
+    if rank() == 0:
+        with atomic_path(path) as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+                raise OSError(f"{str(error).splitlines()[0]}") from error
+
+
+def load_checkpoint(path):
+    """The object saved in `path`, on the CPU, read with `weights_only=True`: a pickle that would run code is refused.
+
+    Raises UserError where the file is absent, truncated, or not a file of tensors and plain types."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged pickle can fail in any way at all, so anything that reading it raises means "not a checkpoint".
+    except Exception as error:
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"
+        hint = "truncated or damaged" if is_zip else "not a file that torch wrote"
+        if "Weights only load failed" in str(error):
+            hint = "holds something other than tensors and plain types; refused, as loading it could run code"
+        raise UserError(f"{path}: not a usable checkpoint ({hint})") from None
+
+
+def append_json_line(path, record):
+    """Append one JSON object as a line to a log, on the first process only."""
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,127 @@
+"""The settings of a stage: the values at the top of each script, the flags of the same names, and the rule that an
+output folder holds one run of one group of settings."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import UserError, read_json
+
+
+def setting(default, text, **flag):
+    """A field of Settings: its default, its help text, and what argparse is told besides (choices, type)."""
+    return dataclasses.field(default=default, metadata={"help": text, "flag": flag})
+
+
+def epochs_list(text):
+    """"32,62,92" -> (32, 62, 92), the type of --lr-steps."""
+    return tuple(int(number) for number in text.split(",") if number.strip())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a stage. The defaults are those of the paper's recipe wherever it has one."""
+
+    data_root: str = setting("data/FGSC-23", "folder with dataset.json and the lists, made by prepare_dataset.py")
+    output: str = setting("runs/{data}/{stage}", "the stage's own folder; {data} stands for the name of --data-root, "
+                                                 "{stage} for that of the stage")
+    init: str = setting("baseline", "what the network starts from: none, imagenet, baseline (the best checkpoint in "
+                                    "the folder 'baseline' beside --output), or a checkpoint file")
+    t1: str = setting("", "checkpoint of T1 (default: best.pt in the folder 't1' beside --output)")
+    t2: str = setting("", "checkpoint of T2 (default: best.pt in the folder 't2' beside --output)")
+    t3: str = setting("", "checkpoint of T3 (default: best.pt in the folder 't3' beside --output)")
+    epochs: int = setting(100, "passes over the stage's training images")
+    batch_size: int = setting(8, "images of a step, over all processes together")
+    lr: float = setting(1e-3, "learning rate; with --schedule one-cycle its peak")
+    schedule: str = setting("steps", "steps: lr / 10 from each epoch of --lr-steps on; one-cycle: up for 30 per cent "
+                                     "of the run, then down to nothing, for short runs", choices=("steps", "one-cycle"))
+    lr_steps: tuple = setting((32, 62, 92), "epochs, counted from 1, that begin with a learning rate cut to a tenth",
+                              type=epochs_list)
+    momentum: float = setting(0.9, "momentum of SGD")
+    weight_decay: float = setting(1e-4, "weight decay of SGD")
+    image_size: int = setting(224, "images are resized to a square of this many pixels")
+    sampler: str = setting("shuffled", "how a batch is drawn", choices=("shuffled", "class-aware", "self-calibrated"))
+    calibration_momentum: float = setting(0.0, "self-calibrated: 0 weighs the classes by the last batch alone (the "
+                                               "paper); above 0, by a running loss of each class")
+    teacher_batch_norm: str = setting("eval", "teachers' batch norm; train is the authors' behaviour",
+                                      choices=("eval", "train"))
+    select: str = setting("val", "what the best epoch is chosen on: val, the held-out part of train; test, the "
+                                 "authors' protocol, which also trains on the held-out part", choices=("val", "test"))
+    seed: int = setting(0, "seed of everything random")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware is fast at it",
+                             choices=("auto", "fp32", "bf16"))
+    tensorboard: bool = setting(False, "also write TensorBoard events (needs the package tensorboard)")
+    resume: bool = setting(False, "go on with the run in --output from its last checkpoint, if it has one")
+    test_only: bool = setting(False, "train nothing: test --weights and write results.json")
+    weights: str = setting("", "checkpoint to test: ours or the authors' released files (default: best.pt of --output)")
+    expect_accuracy: float = setting(None, "per cent; exit with status 1 if the overall accuracy differs in its two "
+                                           "decimals", type=float)
+
+
+# Changing these does not make it another run.
+NOT_PART_OF_A_RUN = ("output", "device", "tensorboard", "resume", "test_only", "weights", "expect_accuracy")
+
+
+def add_flags(parser, fields=None):
+    """Give `parser` a flag for each field of Settings; those that are not given stay out of the parsed namespace."""
+    for field in fields or dataclasses.fields(Settings):
+        options = dict(field.metadata["flag"], help=field.metadata["help"], default=argparse.SUPPRESS)
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.setdefault("type", field.type)
+        if "choices" not in options and field.type is not bool:
+            options.setdefault("metavar", field.name.upper())
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def parse_settings(stage, settings, description, argv=None):
+    """The settings of a stage script as changed by its flags, checked, with its folder names filled in.
+
+    stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="Settings that are not given have the values at the top of the script.")
+    add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    settings = dataclasses.replace(settings, **given)
+    data = Path(settings.data_root).resolve().name
+    output = settings.output
+    if settings.test_only and settings.weights and "output" not in given:
+        output = str(Path(output).parent / f"test_{Path(settings.weights).stem}")
+    settings = dataclasses.replace(settings, output=output.replace("{data}", data).replace("{stage}", stage))
+    check_ranges(settings)
+    return settings, given
+
+
+def check_ranges(settings):
+    """Raise UserError for the first setting that is out of its range."""
+    for name, low, high in (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("image_size", 32, 4096), ("lr", 1e-12, 1e3),
+                            ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("calibration_momentum", 0, 0.9999)):
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
+
+
+def identity(stage, settings):
+    """The plain values that make this run what it is: two runs with equal ones compute the same."""
+    values = {name: list(value) if isinstance(value, tuple) else value
+              for name, value in dataclasses.asdict(settings).items() if name not in NOT_PART_OF_A_RUN}
+    values["data_root"] = str(Path(settings.data_root).resolve())
+    return {"stage": stage, **values}
+
+
+def check_output(stage, settings):
+    """Raise UserError if `settings.output` holds another run than this one, or this one and --resume is not given."""
+    folder = Path(settings.output)
+    path = folder / "settings.json"
+    if path.exists():
+        if not settings.resume:
+            raise UserError(f"{folder}: holds a run already; go on with it by --resume, or give another --output")
+        theirs = read_json(path)
+        for name, value in identity(stage, settings).items():
+            if not isinstance(theirs, dict) or theirs.get(name) != value:
+                other = theirs.get(name) if isinstance(theirs, dict) else None
+                raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {other}, not {value}; give the "
+                                "settings it was started with, or another --output")
