@@ -3,8 +3,9 @@
     python baseline_cl_t1.py
 """
 
-from engine import Stage, run_stage
+from engine import run_stage
 from settings import Settings
+from stage import Stage
 
 # Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting there is.
 SETTINGS = Settings(

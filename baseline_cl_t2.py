@@ -5,8 +5,9 @@ loss = CE + MSE(f_T1, f).
 """
 
 from distillation import imitate_each
-from engine import Stage, run_stage
+from engine import run_stage
 from settings import Settings
+from stage import Stage
 
 # Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting there is.
 SETTINGS = Settings(

@@ -8,17 +8,8 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from dataset import (
-    GROUPS,
-    SPLITS,
-    class_counts,
-    decode_grey,
-    in_processes,
-    list_lines,
-    parse_line,
-    read_info,
-    unreadable,
-)
+from dataset import GROUPS, SPLITS, class_counts, list_lines, parse_line, read_info
+from image_cache import decode_grey, in_processes, unreadable
 from runtime import UserError
 
 

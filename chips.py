@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import decode_grey, in_processes, unreadable
+from image_cache import decode_grey, in_processes, unreadable
 from published import DOTA
 from runtime import UserError, read_json
 from sources import Source, existing_folders, image_files, read_released

@@ -1,33 +1,23 @@
-"""Lists on disk -> grey images in one memory-mapped cache -> batches.
+"""Data sets on disk, and batches of their images.
 
 A data set is a folder with `dataset.json` (names, groups, where the images lie) and the lists `train.txt`, `test.txt`
 and optionally `val.txt` (lines `relative/path label`). `prepare_dataset.py` makes it; this module reads and writes
 it."""
 
-import contextlib
-import hashlib
 import json
-import multiprocessing
 import os
-import shutil
-import sys
-import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from runtime import UserError, atomic_path, read_json, write_json
 
 GROUPS = ("head", "middle", "tail")
 SPLITS = ("train", "val", "test")
-CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the resize changes what it returns
 
 
 @dataclass(frozen=True)
@@ -160,176 +150,6 @@ def read_split(info, split):
 def class_counts(labels, num_classes):
     """(num_classes,) int64 array: how many of `labels` fall on each class."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes)
-
-
-# ---- decoding --------------------------------------------------------------------------------------------------------
-
-
-def decode_grey(path):
-    """Read an image file as an 8-bit grey PIL image.
-
-    16-bit images are scaled to 8 bits, palettes and CMYK go through RGB, an animation gives its first frame,
-    transparency is dropped. Raises OSError or ValueError for what cannot be read, an image bomb among it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.seek(0)
-            image.load()
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                values = np.asarray(image, dtype=np.float32)
-                # 16-bit files reach PIL as 0..65535 and stay exact in float32; smaller values are already 8-bit.
-                if values.size and values.max() > 255:
-                    values = values / 257
-                return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-            if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
-                image = image.convert("RGB")
-            return image.convert("L")
-
-
-def decode_square(path, size):
-    """(size, size) uint8 array: the grey image resized bicubically, its aspect ratio not kept (the paper's recipe)."""
-    return np.asarray(decode_grey(path).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def unreadable(error):
-    """In a few words, why decode_grey failed."""
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"refused: more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    return f"not readable as an image: {error}"
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------------
-
-
-class ImageCache:
-    """Every image of a data set as one (images, size, size) uint8 memory-mapped array, built once.
-
-    The key covers each image's path, bytes and time of change, so an edited image is noticed; the file is renamed into
-    place when whole; a lock makes processes that start together build it once.
-
-    samples: the [Sample] of every list. folder: where the cache lies. processes: decoders, None for one a core.
-    row_of: {relative path: row of the array}."""
-
-    def __init__(self, images, samples, size, folder, processes=None):
-        where = {}
-        for sample in samples:
-            where.setdefault(sample.path, sample.where)
-        paths = sorted(where)
-        self.row_of = {path: row for row, path in enumerate(paths)}
-        key = _cache_key(images, paths, where, size)
-        file = Path(folder) / f"images_{size}_{key}.npy"
-        with _locked(Path(folder)):
-            if not file.exists():
-                _build_cache(file, images, paths, where, size, processes)
-                for older in file.parent.glob(f"images_{size}_*.npy"):
-                    if older != file:
-                        older.unlink(missing_ok=True)
-        self.array = np.load(file, mmap_mode="r")
-        self.key = key
-
-
-def _cache_key(images, paths, where, size):
-    """A hexadecimal key of what the cache is made from. Raises UserError for an absent image or a link that leaves."""
-    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}".encode())
-    root, inside = os.path.realpath(images), {}
-    for path in paths:
-        full = os.path.join(root, path)
-        folder = os.path.dirname(full)
-        if folder not in inside:
-            inside[folder] = _is_inside(folder, root)
-        try:
-            status = os.lstat(full)
-            if not inside[folder] or (os.path.islink(full) and not _is_inside(full, root)):
-                raise UserError(f"{where[path]}: {path} is a link out of the image folder {images}")
-            status = os.stat(full)
-        except (OSError, ValueError):
-            raise UserError(f"{where[path]}: no such image: {Path(images) / path}") from None
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _is_inside(path, root):
-    real = os.path.realpath(path)
-    return real == root or real.startswith(root + os.sep)
-
-
-def _build_cache(file, images, paths, where, size, processes):
-    needed = len(paths) * size * size
-    free = shutil.disk_usage(file.parent).free
-    if needed > free:
-        raise UserError(f"{file.parent}: the image cache needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                        "give a smaller --image-size or make room")
-    with atomic_path(file) as temporary:
-        with open(temporary, "wb") as whole:
-            np.lib.format.write_array_header_1_0(
-                whole, {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size)})
-            offset = whole.tell()
-            whole.truncate(offset + needed)
-        chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
-        jobs = [(temporary, offset, images, chunk, paths[chunk.start:chunk.stop], size) for chunk in chunks]
-        with tqdm(total=len(paths), desc=f"caching images at {size}x{size}", unit="image", disable=None) as bar:
-            for (path, reason), done in in_processes(_fill_cache, jobs, processes):
-                if reason:
-                    raise UserError(f"{where[path]}: {Path(images) / path}: {reason}")
-                bar.update(done)
-
-
-def _fill_cache(job):
-    """Decode one chunk of images and write it at its place. Returns ((path, reason), count): reason None if all went
-    well."""
-    file, offset, images, rows, paths, size = job
-    block = np.empty((len(rows), size, size), np.uint8)
-    for number, path in enumerate(paths):
-        try:
-            block[number] = decode_square(os.path.join(images, path), size)
-        # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
-        except Exception as error:
-            return (path, unreadable(error)), number
-    with open(file, "r+b") as whole:
-        whole.seek(offset + rows.start * size * size)
-        whole.write(block.tobytes())
-    return (None, None), len(rows)
-
-
-def in_processes(function, jobs, processes=None):
-    """Yield (result) of `function(job)` for every job, in order, computed by several processes.
-
-    processes: how many; None is one a core; 1, or a single job, runs here."""
-    processes = min(processes or os.cpu_count() or 1, len(jobs))
-    if processes <= 1:
-        yield from map(function, jobs)
-        return
-    # Forked workers start in milliseconds; a spawned one would import torch first.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with warnings.catch_warnings():
-        # Python 3.12 warns that a forked child of a threaded parent may hang on a lock; these children only decode.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pool = ProcessPoolExecutor(processes, mp_context=context)
-        try:
-            yield from pool.map(function, jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _locked(folder):
-    """Hold an exclusive lock on `folder` (made if absent). The system drops it when the process dies, so none is ever
-    stale. Where the platform has no such lock, two processes may both build the cache; either result is whole."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below, outside this try
-    except OSError as error:
-        raise UserError(f"{folder}: the image cache cannot be written here ({error.strerror})") from None
-    with file:
-        try:
-            import fcntl
-        except ImportError:
-            pass
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dataset import decode_square, in_processes, network_input, read_info, unreadable
+from dataset import network_input, read_info
+from image_cache import decode_square, in_processes, unreadable
 from published import DOTA, FGSC23
 from resnet50 import ResNet50, load_state, read_weights
 from runtime import UserError, autocast, resolve_device, resolve_precision, run_script, write_json

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import baseline_cl_s_weight
 import report
-from engine import SCRIPTS
 from runtime import UserError, atomic_path, read_json, run_script, write_json
 from settings import Settings, add_flags
+from stage import SCRIPTS
 
 # Flags of a single stage that make no sense for all of them, or that this script sets itself.
 OWN_FLAGS = ("output", "seed", "init", "sampler", "t1", "t2", "t3", "test_only", "weights", "expect_accuracy")

@@ -196,6 +196,12 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def wait_for_all():
+    """Return when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def say(*words):
     """Print on the first process only."""
     if rank() == 0:

@@ -1,0 +1,120 @@
+"""How good a network is: its confusion matrix, its cost, and the test entry `--test-only`."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import report
+from dataset import class_counts, network_input, read_info
+from resnet50 import load_network
+from runtime import (
+    UserError,
+    autocast,
+    device_name,
+    library_versions,
+    rank,
+    resolve_precision,
+    say,
+    sha256_of,
+    sum_over_processes,
+    world_size,
+)
+from stage import check_classes, load_data, read_lists
+
+
+@torch.inference_mode()
+def evaluate(network, dataset, num_classes, device, precision, batch_size=64):
+    """Confusion matrix of `network` over `dataset`, (true classes, predicted classes) int64 on the CPU.
+
+    With several processes each takes a share; every image counts once. Leaves the network in eval mode."""
+    network.eval()
+    share = range(rank(), len(dataset), world_size())
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    for start in range(0, len(share), batch_size):
+        images, labels = dataset.__getitems__(list(share[start:start + batch_size]))
+        with autocast(device, precision):
+            logits, _ = network(network_input(images.to(device)))
+        pairs = labels.to(device) * num_classes + logits.argmax(1)
+        confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
+    return sum_over_processes(confusion).view(num_classes, num_classes).cpu()
+
+
+@torch.inference_mode()
+def measure(network, image_size, device, precision, batch_size=8, repeats=5):
+    """Parameters, FLOPs of one image (2 a multiply-add, convolutions and linear layers) and the milliseconds that an
+    image takes in a batch of 8 (median of 5 batches after one to warm up)."""
+    network.eval()
+    images = torch.zeros(batch_size, 1, image_size, image_size, device=device)
+    with FlopCounterMode(display=False) as counter:
+        network(images[:1])
+    seconds = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        with autocast(device, precision):
+            network(images)[0].float().cpu()  # the copy waits for the device
+        seconds.append(time.perf_counter() - started)
+    return {"parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "flops": counter.get_total_flops(),
+            "ms_per_image": round(1000 * sorted(seconds[1:])[repeats // 2] / batch_size, 3),
+            "ms_per_image_batch": batch_size}
+
+
+def test(stage, settings, data, weights, device):
+    """Test a checkpoint on the test part, print the table, write results.json, results.txt and confusion.png into
+    `settings.output`. Returns the results on the first process, None on the others.
+
+    The precision `auto` is fp32 here: a number that is compared with a published one should not hang on the machine."""
+    precision = "fp32" if settings.precision == "auto" else resolve_precision(settings.precision, device)
+    num_classes = len(data.info.classes)
+    network, description = load_network(weights, num_classes)
+    network.to(device, memory_format=torch.channels_last)
+    confusion = evaluate(network, data.test, num_classes, device, precision)
+    if rank() != 0:
+        return None
+    description = description or {"stage": stage.name, "selected_on": "unknown", "epoch": None}
+    results = {
+        "dataset": data.info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
+        "selected_on": description["selected_on"], "epoch": description["epoch"],
+        "weights": str(weights), "weights_sha256": sha256_of(weights),
+        **report.accuracies(confusion, data.info, data.classes, class_counts(data.train.labels, num_classes)),
+        **measure(network, settings.image_size, device, precision), "image_size": settings.image_size,
+        "device": device_name(device), "precision": precision, "versions": library_versions(),
+        "confusion": confusion.tolist(),
+    }
+    report.write_results(Path(settings.output), results)
+    return results
+
+
+def test_only(stage, settings, given, device):
+    """`--test-only`: test a checkpoint of this project or released weights. Returns the exit status.
+
+    given: the flags that were given; without --image-size a checkpoint is tested at the size it was trained at."""
+    output = Path(settings.output)
+    weights = Path(settings.weights or output / "best.pt")
+    if settings.weights and (output / "settings.json").exists() and weights.resolve().parent != output.resolve():
+        raise UserError(f"{output}: holds a run of its own; give another --output for the test of {weights}")
+    info = read_info(settings.data_root)
+    _, description = load_network(weights, len(info.classes))
+    # Released weights were trained on the whole list: that is what their training counts are to be.
+    select = "test"
+    if description:
+        check_classes(description, info, weights)
+        select = description["selected_on"]
+        if "image_size" not in given:
+            settings = dataclasses.replace(settings, image_size=description["preprocessing"]["image_size"])
+    settings = dataclasses.replace(settings, select=select)
+    data = load_data(*read_lists(stage, settings, training=False), settings)
+    say(f"testing {weights} on {info.name}: {len(data.test)} images at {settings.image_size}x{settings.image_size}")
+    results = test(stage, settings, data, weights, device)
+    if results and settings.expect_accuracy is not None:
+        found = round(100 * results["overall"], 2)
+        if abs(found - settings.expect_accuracy) > 0.005:
+            say(f"expected an overall accuracy of {settings.expect_accuracy:.2f} per cent, found {found:.2f}")
+            return 1
+        say(f"the overall accuracy is {found:.2f} per cent, as expected")
+    return 0

@@ -1,0 +1,147 @@
+"""What a stage is, and what it needs before it can run: its classes' images, and the checkpoints of earlier stages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataset import GROUPS, ImageDataset, class_counts, read_info, read_split
+from distillation import freeze
+from image_cache import ImageCache
+from resnet50 import load_network
+from runtime import UserError, say
+
+SCRIPTS = {"baseline": "baseline_resnet50.py", "t1": "baseline_cl_t1.py", "t2": "baseline_cl_t2.py",
+           "t3": "baseline_cl_t3.py", "student": "baseline_cl_s_weight.py"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of T2FTS.
+
+    name: also the name of its folder. group: the classes it is trained and tested on: `head`, `middle`, `tail`, `all`.
+    teachers: the stages that teach it. imitate: the function of `distillation` that gives the losses towards them."""
+
+    name: str
+    group: str
+    teachers: tuple = ()
+    imitate: Callable | None = None
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A stage's images: `train` to learn from, `select` to choose the best epoch on, `test` to report on; info: the
+    DatasetInfo; classes: the stage's class ids."""
+
+    info: object
+    classes: list
+    train: ImageDataset
+    select: ImageDataset
+    test: ImageDataset
+
+
+def read_lists(stage, settings, training=True):
+    """Read and check the data set's lists. Returns (DatasetInfo, the stage's class ids, {split: [Sample]}), where the
+    split `val` is what the best epoch is chosen on; the samples are those of all classes.
+
+    Raises UserError for what would make training wrong: a group without classes, a class without training images, fewer
+    images than a batch, no held-out part to select on."""
+    info = read_info(settings.data_root)
+    path = info.root / "dataset.json"
+    for group in GROUPS if len(stage.teachers) == len(GROUPS) else [stage.group]:
+        if group != "all" and not info.groups[group]:
+            raise UserError(f"{path}: the group '{group}' holds no class, and stage {stage.name} needs one; make the "
+                            "data set with other --head-min and --tail-max")
+    classes = list(range(len(info.classes))) if stage.group == "all" else sorted(info.groups[stage.group])
+    splits = {split: read_split(info, split) for split in ("train", "val", "test")}
+    if training and settings.select == "val" and not splits["val"]:
+        raise UserError(f"{info.root / 'val.txt'}: no held-out part to choose the best epoch on; make the data set "
+                        "with --val-fraction, or give --select test (the authors' protocol)")
+    if settings.select == "test":
+        splits["train"], splits["val"] = splits["train"] + splits["val"], splits["test"]
+    if training:
+        check_trainable(stage, settings, info, classes, splits)
+    if not of_classes(splits["test"], classes):
+        raise UserError(f"{info.root / 'test.txt'}: no image of the classes of stage {stage.name}")
+    return info, classes, splits
+
+
+def check_trainable(stage, settings, info, classes, splits):
+    """Raise UserError for a class without training images, fewer images than a batch, or nothing to select on."""
+    path, train = info.root / "train.txt", of_classes(splits["train"], classes)
+    counts = class_counts([sample.label for sample in train], len(info.classes))
+    for class_id in classes:
+        if counts[class_id] == 0:
+            raise UserError(f"{path}: class {class_id} ({info.classes[class_id]}) has no training image; add some, or "
+                            "take the class out of the data set")
+    if len(train) < settings.batch_size:
+        raise UserError(f"{path}: stage {stage.name} has {len(train)} training images, fewer than a batch of "
+                        f"{settings.batch_size}; give a smaller --batch-size")
+    if not of_classes(splits["val"], classes):
+        raise UserError(f"{info.root}: no image of the classes of {stage.name} to choose the best epoch on")
+
+
+def of_classes(samples, classes):
+    """The samples whose label is one of `classes`."""
+    classes = set(classes)
+    return [sample for sample in samples if sample.label in classes]
+
+
+def load_data(info, classes, splits, settings):
+    """The stage's images, over one cache of every image of the lists, which all stages share."""
+    everything = [sample for samples in splits.values() for sample in samples]
+    cache = ImageCache(info.images, everything, settings.image_size, info.root / "cache")
+    return Data(info, classes, *(ImageDataset(cache, of_classes(splits[split], classes))
+                                 for split in ("train", "val", "test")))
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def initial_weights(settings):
+    """`--init`, with `baseline` made the file that it stands for. Raises UserError where that is absent."""
+    if settings.init != "baseline":
+        return settings.init
+    path = best_checkpoint_beside(settings, "baseline")
+    return str(require(path, "baseline", "--init (none, imagenet or a file)"))
+
+
+def teacher_weights(stage, settings):
+    """{teacher: its checkpoint}, from its flag or from the folder beside --output. Raises UserError for an absent
+    one."""
+    return {name: require(getattr(settings, name) or best_checkpoint_beside(settings, name), name, f"--{name}")
+            for name in stage.teachers}
+
+
+def best_checkpoint_beside(settings, name):
+    """Where the stage scripts put the best checkpoint of stage `name` of the same run."""
+    return Path(settings.output).parent / name / "best.pt"
+
+
+def require(path, name, flag):
+    """`path`, or a UserError that says how to get the checkpoint of stage `name`."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no checkpoint of {name} here; run {SCRIPTS[name]} first, or say where it is with "
+                        f"{flag}")
+    return path
+
+
+def load_teacher(name, path, settings, info, device):
+    """The frozen teacher of stage `name`, on the device."""
+    teacher, description = load_network(path, len(info.classes))
+    if description:
+        check_classes(description, info, path)
+    say(f"teacher {name}: {path}" + (f", epoch {description['epoch']}" if description else ""))
+    return freeze(teacher, settings.teacher_batch_norm).to(device, memory_format=torch.channels_last)
+
+
+def check_classes(description, info, path):
+    """Raise UserError where a checkpoint was trained for other classes, or the same in another order."""
+    for class_id, (theirs, ours) in enumerate(zip(description["classes"], info.classes, strict=True)):
+        if theirs != ours:
+            raise UserError(f"{path}: its class {class_id} is {theirs!r}, that of {info.root / 'dataset.json'} is "
+                            f"{ours!r}; expected the same classes in the same order")

@@ -1,0 +1,101 @@
+"""Teachers and losses, each against the obvious way to compute it, image by image."""
+
+import copy
+
+import pytest
+import torch
+
+from distillation import feature_mse, freeze, imitate_each, imitate_own, sums_by_class
+from resnet50 import ResNet50
+
+
+@pytest.fixture(scope="module")
+def teachers():
+    torch.manual_seed(0)
+    return {name: freeze(ResNet50(6)) for name in ("t1", "t2", "t3")}
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(7, 1, 32, 32, generator=generator), torch.tensor([0, 2, 1, 1, 0, 2, 2])
+
+
+def test_feature_mse_golden():
+    features = torch.tensor([[[[0.0, 0.0], [0.0, 0.0]]], [[[1.0, 2.0], [3.0, 4.0]]]])
+    teacher = torch.tensor([[[[1.0, 1.0], [1.0, 3.0]]], [[[1.0, 2.0], [3.0, 6.0]]]])
+    assert feature_mse(features, teacher).tolist() == [3.0, 1.0]
+    assert feature_mse(features, teacher).mean().item() == torch.nn.functional.mse_loss(features, teacher).item()
+
+
+def test_feature_mse_is_fp32_under_bf16():
+    features, teacher = torch.randn(2, 3, 4, 5, 5)
+    found = feature_mse(features.bfloat16(), teacher.bfloat16())
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, feature_mse(features, teacher), rtol=0.02)
+
+
+def test_each_image_goes_through_its_own_teacher_only(teachers, batch):
+    images, groups = batch
+    features = torch.randn(7, 1024, 2, 2)
+    found = imitate_own(teachers, images, groups, features)["mse_own"]
+    for i in range(7):
+        own = teachers[f"t{groups[i] + 1}"].layer3_features(images[i:i + 1])
+        assert found[i].item() == pytest.approx(((own[0] - features[i]) ** 2).mean().item(), rel=1e-4)
+
+
+def test_a_teacher_without_an_image_is_not_called(teachers, batch, monkeypatch):
+    images, _ = batch
+    monkeypatch.setattr(teachers["t2"], "layer3_features", None)
+    found = imitate_own(teachers, images, torch.zeros(7, dtype=torch.int64), torch.zeros(7, 1024, 2, 2))
+    assert found["mse_own"].shape == (7,)
+
+
+def test_every_teacher_sees_the_whole_batch_in_stages_2_and_3(teachers, batch):
+    images, groups = batch
+    features = torch.randn(7, 1024, 2, 2)
+    found = imitate_each({name: teachers[name] for name in ("t1", "t2")}, images, groups, features)
+    assert set(found) == {"mse_t1", "mse_t2"}
+    for name in ("t1", "t2"):
+        for i in range(7):
+            own = teachers[name].layer3_features(images[i:i + 1])[0]
+            assert found[f"mse_{name}"][i].item() == pytest.approx(((own - features[i]) ** 2).mean().item(), rel=1e-4)
+
+
+def test_a_student_that_equals_its_teachers_loses_nothing(teachers, batch):
+    images, _ = batch
+    with torch.no_grad():
+        features = teachers["t1"].layer3_features(images)
+    same = {"t1": teachers["t1"], "t2": teachers["t1"], "t3": teachers["t1"]}
+    assert imitate_own(same, images, torch.zeros(7, dtype=torch.int64), features)["mse_own"].abs().max() == 0
+
+
+def test_gradients_reach_the_student_and_never_a_teacher(teachers, batch):
+    images, groups = batch
+    before = {name: copy.deepcopy(teacher.state_dict()) for name, teacher in teachers.items()}
+    features = torch.randn(7, 1024, 2, 2, requires_grad=True)
+    losses = {**imitate_own(teachers, images, groups, features), **imitate_each(teachers, images, groups, features)}
+    sum(loss.mean() for loss in losses.values()).backward()
+    assert features.grad.abs().sum() > 0
+    for name, teacher in teachers.items():
+        assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+        assert all(torch.equal(value, before[name][key]) for key, value in teacher.state_dict().items())
+
+
+def test_train_mode_batch_norm_is_a_switch(batch):
+    images, _ = batch
+    torch.manual_seed(0)
+    teacher = freeze(ResNet50(6), "train")
+    running = teacher.bn1.running_mean.clone()
+    imitate_each({"t1": teacher}, images, None, torch.zeros(7, 1024, 2, 2))
+    assert teacher.training and not torch.equal(teacher.bn1.running_mean, running)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_sums_by_class_against_a_loop():
+    generator = torch.Generator().manual_seed(2)
+    losses, labels = torch.rand(20, generator=generator), torch.randint(0, 5, (20,), generator=generator)
+    sums, counts = sums_by_class(losses, labels, 6)
+    for c in range(6):
+        own = [losses[i].item() for i in range(20) if labels[i] == c]
+        assert counts[c] == len(own) and sums[c].item() == pytest.approx(sum(own), abs=1e-5)

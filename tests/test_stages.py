@@ -1,0 +1,245 @@
+"""Whole scripts on tiny data, as a user runs them: all five stages, the test entry, resuming, several processes."""
+
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import PROJECT, QUICK, run_main, run_program
+from test_resnet50 import authors_state
+
+import baseline_cl_s_weight
+import baseline_cl_t1
+import baseline_cl_t2
+import baseline_cl_t3
+import baseline_resnet50
+import dota_baseline_cl_s_weight
+import dota_baseline_cl_t1
+import dota_baseline_cl_t2
+import dota_baseline_cl_t3
+import dota_baseline_resnet50
+import engine
+from resnet50 import ResNet50
+from settings import Settings
+
+STAGES = ("baseline", "t1", "t2", "t3", "student")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny, tmp_path_factory):
+    """(folder, finished process) of run_all.py over the tiny data."""
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    done = run_program("run_all.py", "--data-root", tiny, "--output", folder, "--init", "none", *QUICK)
+    return folder, done
+
+
+def log_of(folder):
+    """The log without its times, which differ from run to run."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+            for record in records]
+
+
+def test_all_stages_run_and_leave_their_files(pipeline):
+    folder, done = pipeline
+    assert done.returncode == 0, done.stderr
+    for stage in STAGES:
+        assert set(os.listdir(folder / "seed0" / stage)) == {
+            "settings.json", "log.jsonl", "last.pt", "best.pt", "results.json", "results.txt", "curves.png",
+            "confusion.png"}
+        assert [record["epoch"] for record in log_of(folder / "seed0" / stage)] == [1, 2]
+    table = (folder / "comparison.txt").read_text()
+    assert "baseline" in table and "T2FTS student" in table and "class mean" in table
+    assert table.strip() in done.stdout
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    results = json.loads((folder / "seed0" / "student" / "results.json").read_text())
+    assert rows["T2FTS student"]["overall"]["mean"] == results["overall"]
+
+
+def test_results_have_what_the_reader_is_promised(pipeline, tiny):
+    results = json.loads((pipeline[0] / "seed0" / "student" / "results.json").read_text())
+    for key in ("dataset", "split", "selected_on", "weights_sha256", "images", "overall", "head", "middle", "tail",
+                "head_class_mean", "middle_class_mean", "tail_class_mean", "mean_per_class", "per_class", "parameters",
+                "flops", "ms_per_image", "device", "precision"):
+        assert results[key] is not None, key
+    assert results["dataset"] == "tiny" and results["split"] == "test" and results["selected_on"] == "val"
+    assert results["images"] == 24 and len(results["weights_sha256"]) == 64
+    assert [row["train"] for row in results["per_class"]] == [14, 12, 9, 8, 5, 4]
+    assert sum(map(sum, results["confusion"])) == 24
+    teacher = json.loads((pipeline[0] / "seed0" / "t3" / "results.json").read_text())
+    assert [row["id"] for row in teacher["per_class"]] == [4, 5] and teacher["head"] is None
+
+
+def test_each_stage_logs_its_own_losses(pipeline):
+    terms = {stage: {key for key in log_of(pipeline[0] / "seed0" / stage)[0] if key.startswith(("mse", "cross"))}
+             for stage in STAGES}
+    assert terms == {"baseline": {"cross_entropy"}, "t1": {"cross_entropy"}, "t2": {"cross_entropy", "mse_t1"},
+                     "t3": {"cross_entropy", "mse_t1", "mse_t2"}, "student": {"cross_entropy", "mse_own"}}
+    for stage in STAGES:
+        for record in log_of(pipeline[0] / "seed0" / stage):
+            assert record["loss"] == pytest.approx(sum(record[term] for term in terms[stage]))
+
+
+def test_best_checkpoints_say_what_they_are(pipeline):
+    best = torch.load(pipeline[0] / "seed0" / "t2" / "best.pt", weights_only=True)
+    description = best["description"]
+    assert description["stage"] == "t2" and description["classes"] == list("abcdef")
+    assert description["groups"]["tail"] == [4, 5] and description["preprocessing"]["image_size"] == 32
+    assert description["settings"]["batch_size"] == 8 and description["versions"]["torch"] == torch.__version__
+    assert len(best["model"]) == 320
+
+
+def test_a_second_run_needs_another_folder_or_resume(pipeline, tiny, capsys):
+    folder = pipeline[0] / "seed0" / "baseline"
+    before = (folder / "results.json").stat().st_mtime_ns
+    flags = ("--data-root", tiny, "--output", folder, "--init", "none", *QUICK)
+    assert run_main(baseline_resnet50, *flags) == 2
+    assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
+    assert run_main(baseline_resnet50, *flags, "--resume", "--lr", "0.02") == 2
+    assert "holds a run with lr 0.01, not 0.02" in capsys.readouterr().err
+    assert run_main(baseline_resnet50, *flags, "--resume") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert (folder / "results.json").stat().st_mtime_ns == before
+
+
+def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, tmp_path, monkeypatch):
+    """The student has the most state: its sampler's class weights, and the flips."""
+    first = pipeline[0] / "seed0"
+    teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
+    flags = ["--data-root", tiny, "--init", first / "baseline" / "best.pt", *teachers, *QUICK, "--epochs", "3"]
+    assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "whole") == 0
+
+    epochs = []
+
+    def stop_in_the_third_epoch(*arguments):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return train_one_epoch(*arguments)
+
+    train_one_epoch = engine.train_one_epoch
+    monkeypatch.setattr(engine, "train_one_epoch", stop_in_the_third_epoch)
+    assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts") == 130
+    monkeypatch.undo()
+    assert len(log_of(tmp_path / "parts")) == 2
+    assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts", "--resume") == 0
+    whole, parts = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_the_student_differs_from_a_plain_run(pipeline):
+    student, baseline = (torch.load(pipeline[0] / "seed0" / stage / "best.pt", weights_only=True)["model"]
+                         for stage in ("student", "baseline"))
+    assert not torch.equal(student["layer3.0.conv1.weight"], baseline["layer3.0.conv1.weight"])
+
+
+# ---- the test entry --------------------------------------------------------------------------------------------------
+
+
+def test_test_only_repeats_the_numbers_of_training(pipeline, tiny, tmp_path):
+    weights = pipeline[0] / "seed0" / "student" / "best.pt"
+    trained = json.loads((weights.parent / "results.json").read_text())
+    done = run_program("dota_baseline_cl_s_weight.py", "--test-only", "--weights", weights, "--data-root", tiny,
+                       "--output", tmp_path / "test", "--expect-accuracy", round(100 * trained["overall"], 2))
+    assert done.returncode == 0, done.stderr
+    tested = json.loads((tmp_path / "test" / "results.json").read_text())
+    for key in ("confusion", "overall", "per_class", "weights_sha256", "selected_on", "image_size"):
+        assert tested[key] == trained[key]
+    assert (tmp_path / "test" / "results.txt").read_text().count("\n") == 6 + 4 + 1
+    assert "as expected" in done.stdout
+
+
+def test_an_accuracy_not_as_expected_is_status_1(pipeline, tiny, tmp_path, capsys):
+    weights = pipeline[0] / "seed0" / "student" / "best.pt"
+    assert run_main(baseline_cl_s_weight, "--test-only", "--weights", weights, "--data-root", tiny, "--output",
+                    tmp_path / "test", "--expect-accuracy", "88.73", "--device", "cpu") == 1
+    assert "expected an overall accuracy of 88.73 per cent, found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_weights_are_tested_as_they_are(tiny, tmp_path, prefix):
+    path = tmp_path / "baselinestuweight_alpha_29"
+    torch.save(authors_state(6, prefix), path)
+    assert run_main(baseline_cl_s_weight, "--test-only", "--weights", path, "--data-root", tiny, "--output",
+                    tmp_path / "test", "--image-size", "32", "--device", "cpu") == 0
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert results["images"] == 24 and results["selected_on"] == "unknown" and results["flops"] > 1e8
+
+
+def test_testing_other_weights_into_a_run_is_refused(pipeline, tiny, tmp_path, capsys):
+    torch.save(ResNet50(6).state_dict(), tmp_path / "other.pt")
+    assert run_main(baseline_cl_s_weight, "--test-only", "--weights", tmp_path / "other.pt", "--data-root", tiny,
+                    "--output", pipeline[0] / "seed0" / "student", "--device", "cpu") == 2
+    assert "holds a run of its own" in capsys.readouterr().err
+
+
+def test_predict_names_what_is_in_a_folder(pipeline, tiny, tmp_path):
+    weights = pipeline[0] / "seed0" / "student" / "best.pt"
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    done = run_program("predict.py", "--weights", weights, tiny / "images", tmp_path / "broken.png", "--top", 2,
+                       "--json", tmp_path / "predictions.json", "--precision", "fp32")
+    assert done.returncode == 1 and done.stderr.strip().endswith("broken.png: not an image that Pillow can read")
+    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    images = len(list((tiny / "images").iterdir()))
+    assert len(predictions) == images + 1 and done.stdout.count("\n") == images
+    confusion = json.loads((weights.parent / "results.json").read_text())["confusion"]
+    named = [row for row in predictions if os.path.basename(row["image"]).startswith("test_")]
+    for class_id in range(6):
+        found = sum(row["predictions"][0]["id"] == class_id for row in named)
+        assert found == sum(row[class_id] for row in confusion)
+    assert all(row["predictions"][0]["probability"] >= row["predictions"][1]["probability"] for row in named)
+
+
+# ---- protocols and processes -----------------------------------------------------------------------------------------
+
+
+def test_the_authors_protocol_trains_on_everything_and_says_so(tiny, tmp_path):
+    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
+                    "--epochs", "1", "--select", "test") == 0
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert results["selected_on"] == "test"
+    assert [row["train"] for row in results["per_class"]] == [16, 14, 11, 10, 7, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
+    torch.manual_seed(0)
+    state = ResNet50(6).state_dict()
+    state["fc.bias"][2] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", tmp_path / "nan.pt",
+                    *QUICK) == 2
+    assert "stage baseline, epoch 1, step 1: cross_entropy is nan" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "best.pt").exists()
+
+
+def test_two_processes_train_one_network_and_test_each_image_once(tiny, tmp_path):
+    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", 2, PROJECT / "baseline_resnet50.py",
+                       "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
+                       env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "(4 on each of 2 processes)" in done.stdout and done.stdout.count("best epoch") == 1
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert results["images"] == sum(map(sum, results["confusion"])) == 24
+    assert len(log_of(tmp_path / "b")) == 2
+
+
+def test_the_dota_twins_differ_in_the_data_set_alone():
+    for stage, twin in ((baseline_resnet50, dota_baseline_resnet50), (baseline_cl_t1, dota_baseline_cl_t1),
+                        (baseline_cl_t2, dota_baseline_cl_t2), (baseline_cl_t3, dota_baseline_cl_t3),
+                        (baseline_cl_s_weight, dota_baseline_cl_s_weight)):
+        assert twin.STAGE is stage.STAGE
+        changed = {name for name, value in vars(twin.SETTINGS).items() if value != vars(stage.SETTINGS)[name]}
+        assert changed == {"data_root"}
+
+
+def test_every_setting_is_a_flag_and_help_needs_no_data():
+    done = run_program("baseline_cl_t2.py", "--help")
+    assert done.returncode == 0
+    for field in dataclasses.fields(Settings):
+        assert "--" + field.name.replace("_", "-") in done.stdout
+    for flag in ("data-root", "output", "epochs", "batch-size", "lr", "seed", "device", "precision", "image-size",
+                 "init", "select", "resume", "test-only", "weights", "t1", "t2", "t3"):
+        assert f"--{flag}" in done.stdout
