@@ -81,10 +81,9 @@ def count_findings(info, counts):
             errors.append(f"group {group} has no {missing}: its teacher has nothing to learn")
     for class_id, name in enumerate(info.classes):
         train, val, test = (counts[split][class_id] for split in SPLITS)
-        if not train and val + test:
-            errors.append(f"class {class_id} ({name}) has {val + test} images to be tested on and none to learn from")
-        elif not train:
-            notes.append(f"class {class_id} ({name}) has no images at all")
+        if not train:
+            others = f"; it has {val + test} elsewhere" if val + test else ""
+            errors.append(f"class {class_id} ({name}) has no training images{others}")
         elif not test:
             notes.append(f"class {class_id} ({name}) has no test images")
     return errors, notes

@@ -4,6 +4,7 @@ A data set is a folder with `dataset.json` (names, groups, where the images lie)
 and optionally `val.txt` (lines `relative/path label`). `prepare_dataset.py` makes it; this module reads and writes
 it."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def list_lines(path):
     """[(number, line)] of the lines of a list file that are not blank. Raises UserError for a file without any."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such list") from None
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -200,4 +203,13 @@ def network_input(images, flip=None):
 
 def describe(info):
     """The data set's part of a checkpoint: plain values that a later script compares with its own data set."""
-    return json.loads(json.dumps({"name": info.name, "classes": info.classes, "groups": info.groups}))
+    return {"dataset": info.name, "classes": info.classes, "groups": info.groups}
+
+
+def fingerprint(info, splits):
+    """16 hexadecimal digits that change with the classes, the groups, and what the lists hold.
+
+    splits: {split: [Sample]}."""
+    lists = {split: [(sample.path, sample.label) for sample in samples] for split, samples in splits.items()}
+    content = json.dumps([info.classes, info.groups, lists], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

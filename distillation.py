@@ -30,7 +30,7 @@ def imitate_each(teachers, images, groups, features):
 
 def imitate_own(teachers, images, groups, features):
     """Stage 4: MSE(f_t(y)(x), f(x)), t(y) being the teacher whose subset holds class y; each image goes through its own
-    teacher only.
+    teacher only (with batch norm in train mode: every image, for the statistics; the result is that of its own).
 
     teachers: {"t1": .., "t2": .., "t3": ..}, of head, middle and tail. groups: (B,) CPU tensor, 0 head, 1 middle,
     2 tail."""
@@ -39,7 +39,11 @@ def imitate_own(teachers, images, groups, features):
         for number, name in enumerate(("t1", "t2", "t3")):
             # The indices are found on the CPU, where the labels come from: on a GPU they would cost a wait each.
             chosen = (groups == number).nonzero().squeeze(1).to(images.device, non_blocking=True)
-            if len(chosen):
+            if not len(chosen):
+                continue
+            if teachers[name].training:  # the authors' batch statistics are those of the whole batch
+                targets[chosen] = teachers[name].layer3_features(images)[chosen].to(targets.dtype)
+            else:
                 targets[chosen] = teachers[name].layer3_features(images[chosen]).to(targets.dtype)
     return {"mse_own": feature_mse(features, targets)}
 

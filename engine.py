@@ -1,6 +1,7 @@
 """How one stage trains: from settings to a run, epoch by epoch, with checkpoints from which it goes on as if never
 stopped, to the best epoch and its test. A stage script says WHAT (a `Stage` and its `Settings`)."""
 
+import importlib.util
 import math
 import time
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from tqdm import tqdm
 
 import report
 from ClassAwareSampler import ClassAwareBatchSampler, SelfCalibratedBatchSampler, ShuffledBatchSampler
-from dataset import batch_loader, describe, network_input
+from dataset import GROUPS, batch_loader, describe, fingerprint, network_input
 from distillation import sums_by_class
 from evaluation import evaluate, test, test_only
 from resnet50 import ResNet50, initialise
 from runtime import (
     UserError,
     append_json_line,
+    atomic_path,
     autocast,
     device_name,
     library_versions,
@@ -38,7 +40,7 @@ from runtime import (
     write_json,
 )
 from settings import Settings, check_output, identity, parse_settings
-from stage import Data, Stage, initial_weights, load_data, load_teacher, read_lists, teacher_weights
+from stage import Data, Stage, check_classes, initial_weights, load_data, load_teacher, read_lists, teacher_weights
 
 
 def run_stage(stage, settings, description, argv=None):
@@ -94,10 +96,11 @@ class Run:
         self.best_accuracy = state["best_accuracy"]
 
 
-def start_run(stage, settings, device):
-    """A Run, new or resumed. Cheap checks come first, so that what is missing is said before the images are read."""
-    lists = read_lists(stage, settings)
-    init, weights = initial_weights(settings), teacher_weights(stage, settings)
+def start_run(stage, settings, lists, device, precision):
+    """A Run, new or resumed. What may be missing is looked for before the images are read.
+
+    lists: what `read_lists` returned."""
+    init, weights = initial_weights(stage, settings), teacher_weights(stage, settings)
     data = load_data(*lists, settings)
     num_classes = len(data.info.classes)
     teachers = {name: load_teacher(name, path, settings, data.info, device) for name, path in weights.items()}
@@ -106,15 +109,23 @@ def start_run(stage, settings, device):
     last = Path(settings.output) / "last.pt"
     resumed = settings.resume and last.exists()
     if not resumed:
-        say(f"initialised: {initialise(network, init)}")
+        said, description = initialise(network, init)
+        if description:
+            check_classes(description, data.info, init)
+        say(f"initialised: {said}")
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum,
                                 weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
-    precision, flips = resolve_precision(settings.precision, device), torch.Generator().manual_seed(settings.seed + 1)
+    flips = torch.Generator().manual_seed(settings.seed + 1)
     run = Run(stage, settings, data, device, precision, teachers, network, optimizer, sampler, flips)
     if resumed:
-        run.restore(load_checkpoint(last))
+        try:
+            run.restore(load_checkpoint(last))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{last}: not a checkpoint that this run can go on from ({error})") from None
+    if settings.resume:
         trim_log(last.with_name("log.jsonl"), run.epoch)
+    if resumed:
         say(f"resumed: {last}, {run.epoch} of {settings.epochs} epochs done")
     return run
 
@@ -126,14 +137,13 @@ def make_sampler(stage, settings, dataset, num_classes):
         return ShuffledBatchSampler(*arguments)
     if settings.sampler == "class-aware":
         return ClassAwareBatchSampler(*arguments)
-    if len(stage.teachers) < 3:
-        raise UserError(f"--sampler self-calibrated: needs the losses of three teachers; {stage.name} has "
-                        f"{len(stage.teachers)}")
     return SelfCalibratedBatchSampler(*arguments, num_classes=num_classes, momentum=settings.calibration_momentum)
 
 
-def describe_run(run):
-    """Print what is about to run. Returns the description that its checkpoints carry, of plain values."""
+def describe_run(run, mine):
+    """Print what is about to run. Returns the description that its checkpoints carry, of plain values.
+
+    mine: the run's `settings.identity`."""
     stage, settings, data = run.stage, run.settings, run.data
     say(f"stage {stage.name} on {data.info.name}: {len(data.classes)} classes ({stage.group}), {len(data.train)} "
         f"images to train on, {len(data.select)} to select on ({settings.select}), {len(data.test)} to test")
@@ -144,24 +154,17 @@ def describe_run(run):
         say(f"note: none of --lr-steps {','.join(map(str, settings.lr_steps))} falls within {settings.epochs} epochs; "
             "for a short run consider --schedule one-cycle")
     preprocessing = {"channels": 1, "image_size": settings.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5}
-    return {"stage": stage.name, **describe(data.info), "preprocessing": preprocessing, "precision": run.precision,
-            "settings": identity(stage.name, settings), "selected_on": settings.select, "versions": library_versions()}
+    return {"stage": stage.name, **describe(data.info), "preprocessing": preprocessing, "selected_on": settings.select,
+            "settings": mine, "device": device_name(run.device), "processes": world_size(),
+            "versions": library_versions()}
 
 
 def trim_log(path, epochs):
     """Drop the lines of epochs that the checkpoint to resume from does not hold."""
     if rank() == 0 and path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:epochs]), encoding="utf-8")
-
-
-def open_tensorboard(folder):
-    """A TensorBoard writer into `folder`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: the package is not installed; pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(lines[:epochs]), encoding="utf-8")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -170,18 +173,24 @@ def open_tensorboard(folder):
 def train(stage, settings, device):
     """Train a stage, keep `last.pt` and `best.pt`, then test the best."""
     folder = Path(settings.output)
-    if settings.batch_size % world_size():
-        raise UserError(f"--batch-size {settings.batch_size}: not a multiple of the {world_size()} processes")
+    check_possible(stage, settings)
+    precision, lists = resolve_precision(settings.precision, device), read_lists(stage, settings)
+    mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
     if rank() == 0:
-        check_output(stage.name, settings)
+        check_output(settings, mine)
     if settings.resume and (folder / "results.json").exists():
         say(f"{folder}: is finished already, see results.json there")
         return
-    run = start_run(stage, settings, device)
-    description = describe_run(run)
+    run = start_run(stage, settings, lists, device, precision)
+    description = describe_run(run, mine)
     if rank() == 0 and not (folder / "settings.json").exists():
-        write_json(folder / "settings.json", identity(stage.name, settings))
-    writer = open_tensorboard(folder) if settings.tensorboard and rank() == 0 else None
+        write_json(folder / "settings.json", {
+            **mine, **{key: description[key] for key in ("dataset", "device", "processes", "versions")}})
+    writer = None
+    if settings.tensorboard and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+        writer = SummaryWriter(str(folder))
     trained = run.network
     if world_size() > 1:
         trained = DistributedDataParallel(run.network, [device] if device.type == "cuda" else None)
@@ -193,7 +202,23 @@ def train(stage, settings, device):
     wait_for_all()  # until the first process has written best.pt
     if rank() == 0:
         report.draw_curves(folder)
-    test(stage, settings, run.data, folder / "best.pt", device)
+    test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
+         device)
+
+
+def check_possible(stage, settings):
+    """Raise UserError for settings that no data could make work, before any data is read."""
+    share = settings.batch_size / world_size()
+    if share != int(share):
+        raise UserError(f"--batch-size {settings.batch_size}: not a multiple of the {world_size()} processes")
+    if share == 1 and settings.image_size <= 32:
+        raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
+                        "single pixel: nothing for batch norm to average; give a larger one, or larger images")
+    if settings.sampler == "self-calibrated" and len(stage.teachers) < len(GROUPS):
+        raise UserError(f"--sampler self-calibrated: needs the losses of three teachers; {stage.name} has "
+                        f"{len(stage.teachers)}")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
 
 
 def train_one_epoch(run, trained):
@@ -204,7 +229,8 @@ def train_one_epoch(run, trained):
     settings, device, steps = run.settings, run.device, len(run.sampler)
     epoch, started = run.epoch + 1, time.perf_counter()
     group_of_class = run.data.info.group_of_class()
-    sums, previous, names = 0, None, ()
+    self_calibrated = settings.sampler == "self-calibrated"
+    sums, unchecked, names = 0, [], ()
     loader = batch_loader(run.data.train, run.sampler, device)
     bar = tqdm(loader, desc=f"{run.stage.name} {epoch}/{settings.epochs}", leave=False, disable=rank() > 0 or None)
     for step, (images, labels) in enumerate(bar):
@@ -215,17 +241,18 @@ def train_one_epoch(run, trained):
         run.optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch, step, steps)
         losses = step_losses(run, trained, network_input(images, flip), labels, groups)
         terms = torch.stack([loss.mean() for loss in losses.values()])  # all weights are 1
+        names, sums = tuple(losses), sums + terms.detach()
+        unchecked.append(terms.detach())
+        # To look at a value is to wait for the GPU: only where the sampler waits for it anyway, or now and then.
+        if self_calibrated or len(unchecked) == 50 or step == steps - 1:
+            check_finite(torch.stack(unchecked), names, run.stage, epoch, step + 1)
+            unchecked.clear()
         run.optimizer.zero_grad(set_to_none=True)
         terms.sum().backward()
         run.optimizer.step()
-        if settings.sampler == "self-calibrated":
+        if self_calibrated:
             by_class = sum_over_processes(sums_by_class(losses["mse_own"], labels, len(run.data.info.classes)))
             run.sampler.update(*by_class.cpu())
-        # Looked at one step late: by then the value is there, and a GPU need not be waited for.
-        check_finite(previous, names, run.stage, epoch, step)
-        names, previous = tuple(losses), terms.detach()
-        sums = sums + previous
-    check_finite(previous, names, run.stage, epoch, steps)
     means = (sum_over_processes(sums) / world_size() / steps).tolist()
     seconds = time.perf_counter() - started
     return {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], "loss": sum(means),
@@ -259,14 +286,16 @@ def learning_rate(settings, epoch, step, steps_per_epoch):
     return end + (settings.lr - end) * (1 + math.cos(math.pi * (done - start) / (1 - start))) / 2
 
 
-def check_finite(terms, names, stage, epoch, step):
-    """Raise UserError naming the loss term that is not finite. terms: (len(names),), or None before the first step.
-    step: counted from 1, the one that the terms are of."""
-    if terms is not None and not math.isfinite(terms.sum().item()):
-        bad = ", ".join(f"{name} is {value}" for name, value in zip(names, terms.tolist(), strict=True)
-                        if not math.isfinite(value))
-        raise UserError(f"stage {stage.name}, epoch {epoch}, step {step}: {bad or 'the sum of the losses overflows'}; "
-                        "the checkpoints of the last good epoch are kept; try a lower --lr or --precision fp32")
+def check_finite(terms, names, stage, epoch, last_step):
+    """Raise UserError naming the first loss term that is not finite, and its step.
+
+    terms: (steps, len(names)), of consecutive steps up to last_step, which is counted from 1."""
+    bad = (~terms.isfinite()).nonzero().tolist()
+    if bad:
+        row, column = bad[0]
+        step, value = last_step - len(terms) + 1 + row, terms[row, column].item()
+        raise UserError(f"stage {stage.name}, epoch {epoch}, step {step}: {names[column]} is {value}; the checkpoints "
+                        "of the last good epoch are kept; try a lower --lr or --precision fp32")
 
 
 def finish_epoch(run, record, description):
@@ -276,13 +305,13 @@ def finish_epoch(run, record, description):
     share_buffers(run.network)
     confusion = evaluate(run.network, run.data.select, len(run.data.info.classes), run.device, run.precision)
     accuracy = record[f"{select}_accuracy"] = confusion.diag().sum().item() / confusion.sum().item()
+    description = {**description, "epoch": run.epoch, "accuracy": accuracy}
     # Of equal epochs the later one: it has seen more, at a lower learning rate.
     if accuracy >= run.best_accuracy:
         run.best_accuracy, run.best_epoch = accuracy, run.epoch
-        save_checkpoint(folder / "best.pt", {"model": run.network.state_dict(), "description": {
-            **description, "epoch": run.epoch, "accuracy": accuracy}})
+        save_checkpoint(folder / "best.pt", {"model": run.network.state_dict(), "description": description})
     append_json_line(folder / "log.jsonl", record)
-    save_checkpoint(folder / "last.pt", run.state())
+    save_checkpoint(folder / "last.pt", {**run.state(), "description": description})
 
 
 def share_buffers(network):

@@ -16,13 +16,14 @@ from runtime import (
     device_name,
     library_versions,
     rank,
+    read_json,
     resolve_precision,
     say,
     sha256_of,
     sum_over_processes,
     world_size,
 )
-from stage import check_classes, load_data, read_lists
+from stage import check_classes, load_test_images, read_lists
 
 
 @torch.inference_mode()
@@ -64,24 +65,26 @@ def measure(network, image_size, device, precision, batch_size=8, repeats=5):
             "ms_per_image_batch": batch_size}
 
 
-def test(stage, settings, data, weights, device):
-    """Test a checkpoint on the test part, print the table, write results.json, results.txt and confusion.png into
-    `settings.output`. Returns the results on the first process, None on the others.
+def test(stage, settings, info, classes, train_labels, dataset, weights, device):
+    """Test a checkpoint, print the table, write results.json, results.txt and confusion.png into `settings.output`.
+    Returns the results on the first process, None on the others.
 
-    The precision `auto` is fp32 here: a number that is compared with a published one should not hang on the machine."""
+    info: the DatasetInfo. classes: the ids to report on. train_labels: of the images it was trained on, to be counted.
+    dataset: the test images. The precision `auto` is fp32 here: a number that is compared with a published one should
+    not hang on the machine."""
     precision = "fp32" if settings.precision == "auto" else resolve_precision(settings.precision, device)
-    num_classes = len(data.info.classes)
+    num_classes = len(info.classes)
     network, description = load_network(weights, num_classes)
     network.to(device, memory_format=torch.channels_last)
-    confusion = evaluate(network, data.test, num_classes, device, precision)
+    confusion = evaluate(network, dataset, num_classes, device, precision)
     if rank() != 0:
         return None
     description = description or {"stage": stage.name, "selected_on": "unknown", "epoch": None}
     results = {
-        "dataset": data.info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
+        "dataset": info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
         "selected_on": description["selected_on"], "epoch": description["epoch"],
         "weights": str(weights), "weights_sha256": sha256_of(weights),
-        **report.accuracies(confusion, data.info, data.classes, class_counts(data.train.labels, num_classes)),
+        **report.accuracies(confusion, info, classes, class_counts(train_labels, num_classes)),
         **measure(network, settings.image_size, device, precision), "image_size": settings.image_size,
         "device": device_name(device), "precision": precision, "versions": library_versions(),
         "confusion": confusion.tolist(),
@@ -96,10 +99,13 @@ def test_only(stage, settings, given, device):
     given: the flags that were given; without --image-size a checkpoint is tested at the size it was trained at."""
     output = Path(settings.output)
     weights = Path(settings.weights or output / "best.pt")
-    if settings.weights and (output / "settings.json").exists() and weights.resolve().parent != output.resolve():
+    if weights.resolve().parent != output.resolve() and (output / "settings.json").exists():
         raise UserError(f"{output}: holds a run of its own; give another --output for the test of {weights}")
     info = read_info(settings.data_root)
     _, description = load_network(weights, len(info.classes))
+    earlier = read_json(output / "results.json") if (output / "results.json").exists() else {}
+    if earlier and earlier.get("weights_sha256") != sha256_of(weights):
+        raise UserError(f"{output}: holds the test of {earlier.get('weights')}; give another --output")
     # Released weights were trained on the whole list: that is what their training counts are to be.
     select = "test"
     if description:
@@ -108,9 +114,11 @@ def test_only(stage, settings, given, device):
         if "image_size" not in given:
             settings = dataclasses.replace(settings, image_size=description["preprocessing"]["image_size"])
     settings = dataclasses.replace(settings, select=select)
-    data = load_data(*read_lists(stage, settings, training=False), settings)
-    say(f"testing {weights} on {info.name}: {len(data.test)} images at {settings.image_size}x{settings.image_size}")
-    results = test(stage, settings, data, weights, device)
+    info, classes, splits = read_lists(stage, settings, training=False)
+    images = load_test_images(info, classes, splits, settings)
+    say(f"testing {weights} on {info.name}: {len(images)} images at {settings.image_size}x{settings.image_size}")
+    train_labels = [sample.label for sample in splits["train"]] if "train" in splits else []
+    results = test(stage, settings, info, classes, train_labels, images, weights, device)
     if results and settings.expect_accuracy is not None:
         found = round(100 * results["overall"], 2)
         if abs(found - settings.expect_accuracy) > 0.005:

@@ -32,12 +32,11 @@ def decode_grey(path):
         with Image.open(path) as image:
             image.seek(0)
             image.load()
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                values = np.asarray(image, dtype=np.float32)
-                # 16-bit files reach PIL as 0..65535 and stay exact in float32; smaller values are already 8-bit.
-                if values.size and values.max() > 255:
-                    values = values / 257
-                return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("floating-point pixels, of no known range; convert it to 8 or 16 bits")
+            if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, 0..65535
+                values = np.rint(np.asarray(image, dtype=np.float32) / 257)
+                return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
             if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
                 image = image.convert("RGB")
             return image.convert("L")
@@ -66,25 +65,32 @@ class ImageCache:
     The key covers each image's path, bytes and time of change, so an edited image is noticed; the file is renamed into
     place when whole; a lock makes processes that start together build it once.
 
-    images: the folder of the images. samples: the [dataset.Sample] of every list. folder: where the cache lies.
-    processes: decoders, None for one a core. row_of: {relative path: row of the array}."""
+    images: the folder of the images. samples: the [dataset.Sample] whose images to hold. folder: where the cache lies.
+    name: of its file; a new cache replaces older ones of the same name and size. processes: decoders, None for one a
+    core. row_of: {relative path: row of the array}."""
 
-    def __init__(self, images, samples, size, folder, processes=None):
+    def __init__(self, images, samples, size, folder, name="images", processes=None):
         where = {}
         for sample in samples:
             where.setdefault(sample.path, sample.where)
         paths = sorted(where)
         self.row_of = {path: row for row, path in enumerate(paths)}
         key = _cache_key(images, paths, where, size)
-        file = Path(folder) / f"images_{size}_{key}.npy"
-        with _locked(Path(folder)):
-            if not file.exists():
-                _build_cache(file, images, paths, where, size, processes)
-                for older in file.parent.glob(f"images_{size}_*.npy"):
-                    if older != file:
-                        older.unlink(missing_ok=True)
+        file = Path(folder) / f"{name}_{size}_{key}.npy"
+        if not file.exists():
+            with _locked(Path(folder)):
+                if not file.exists():  # another process may have built it meanwhile
+                    _build_cache(file, images, paths, where, size, processes)
+                    _remove_others(file, f"{name}_{size}_*.npy")
         self.array = np.load(file, mmap_mode="r")
         self.key = key
+
+
+def _remove_others(file, pattern):
+    for older in file.parent.glob(pattern):
+        if older != file:
+            with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
+                older.unlink()
 
 
 def _cache_key(images, paths, where, size):
@@ -154,7 +160,7 @@ def in_processes(function, jobs, processes=None):
     """Yield `function(job)` for every job, in order, computed by several processes.
 
     processes: how many; None is one a core; 1, or a single job, runs here. Raises UserError if one is killed."""
-    processes = min(processes or os.cpu_count() or 1, len(jobs))
+    processes = min(processes or os.cpu_count() or 1, len(jobs), 60)  # Windows cannot wait for more than 61
     if processes <= 1:
         yield from map(function, jobs)
         return
@@ -175,18 +181,16 @@ def in_processes(function, jobs, processes=None):
 @contextlib.contextmanager
 def _locked(folder):
     """Hold an exclusive lock on `folder` (made if absent). The system drops it when the process dies, so none is ever
-    stale. Where the platform has no such lock, two processes may both build the cache; either result is whole."""
+    stale. Where platform or file system has no such lock, two processes may both build the cache; either is whole."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below, outside this try
     except OSError as error:
         raise UserError(f"{folder}: the image cache cannot be written here ({error.strerror})") from None
     with file:
-        try:
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
-        except ImportError:
-            pass
-        else:
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,11 +1,11 @@
 """Make a data set (dataset.json, train.txt, val.txt, test.txt) out of images on disk, or check one.
 
-    python prepare_dataset.py fgsc23 FGSC-23/ data/fgsc23              # released lists, or train/<id>/ and test/<id>/
-    python prepare_dataset.py fgsc23 T2FTS/ images/ data/fgsc23        # lists and images distributed apart
-    python prepare_dataset.py dota DOTA/train DOTA/val data/dota       # DOTA v1.0; its val part becomes the test part
+    python prepare_dataset.py fgsc23 FGSC-23/ data/FGSC-23             # released lists, or train/<id>/ and test/<id>/
+    python prepare_dataset.py fgsc23 T2FTS/ images/ data/FGSC-23       # lists and images distributed apart
+    python prepare_dataset.py dota DOTA/train DOTA/val data/DOTA       # DOTA v1.0; its val part becomes the test part
     python prepare_dataset.py coco train.json test.json data/nwpu --imbalance 40 --max-per-class 400
     python prepare_dataset.py folders UCMerced/ data/ucm --imbalance 20
-    python prepare_dataset.py check data/dota
+    python prepare_dataset.py check data/DOTA
 
 Images that lie one file an object are not copied: the data set points at them. DOTA and COCO objects are cut out as
 grey PNGs into DESTINATION/images/."""
@@ -21,11 +21,19 @@ from check_dataset import check_dataset, print_table
 from chips import cut_chips, read_coco, read_dota
 from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, write_dataset
 from division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
+from report import draw_class_counts
 from runtime import UserError, run_script
 from sources import published_deviations, read_fgsc23, read_folders
 
-TEST_FRACTION = 0.2
-MARGIN = 0.1
+# Edit here, or give the flag of the same name.
+IMBALANCE = None  # cut train to an exponential long tail: its largest class this many times its smallest
+MAX_PER_CLASS = None  # training images a class at most
+VAL_FRACTION = 0.1  # of each training class, held out to choose the best epoch on
+TEST_FRACTION = 0.2  # of each class, where the source has no test part
+HEAD_MIN = None  # training images that make a class head; None: the published groups, else thirds by rank
+TAIL_MAX = None  # training images up to which a class is tail
+MARGIN = 0.1  # dota, coco: a chip's edges are this much longer than those of its object's box
+SEED = 0
 
 
 def parse_arguments(argv):
@@ -34,21 +42,23 @@ def parse_arguments(argv):
     add("kind", choices=("fgsc23", "dota", "coco", "folders", "check"), help="what the sources are, or `check`")
     add("paths", nargs="+", type=Path, metavar="SOURCE... DESTINATION",
         help="where the images and annotations lie, and the folder to make; for `check` the data set alone")
-    add("--imbalance", type=float, metavar="F", help="cut the train classes, ranked by count, to an exponential "
-        "profile whose largest class is F times its smallest")
-    add("--max-per-class", type=int, metavar="N", help="train images a class at most")
-    add("--val-fraction", type=float, default=0.1, metavar="F", help="part of each train class that is held out for "
-        "validation, at least one image and never all; 0 for none (default %(default)s)")
+    add("--imbalance", type=float, default=IMBALANCE, metavar="F", help="cut the train classes, ranked by count, to an "
+        "exponential profile whose largest class is F times its smallest")
+    add("--max-per-class", type=int, default=MAX_PER_CLASS, metavar="N", help="train images a class at most")
+    add("--val-fraction", type=float, default=VAL_FRACTION, metavar="F", help="part of each train class that is held "
+        "out for validation, at least one image and never all; 0 for none (default %(default)s)")
     add("--test-fraction", type=float, metavar="F", help="part of each class that becomes the test part, where the "
         f"source has none (default {TEST_FRACTION})")
-    add("--head-min", type=int, metavar="N", help="head classes have N training images or more (with --tail-max)")
-    add("--tail-max", type=int, metavar="N", help="tail classes have N training images or fewer (with --head-min)")
+    add("--head-min", type=int, default=HEAD_MIN, metavar="N", help="head classes have N training images or more "
+        "(with --tail-max)")
+    add("--tail-max", type=int, default=TAIL_MAX, metavar="N", help="tail classes have N training images or fewer "
+        "(with --head-min)")
     add("--margin", type=float, metavar="F", help="dota, coco: a chip's edges are 1 + F times those of the object's "
         f"box, half of it on each side (default {MARGIN})")
     add("--images", type=Path, metavar="DIR", help="coco: where the images lie, if not beside the JSON file")
     add("--processes", type=int, metavar="N", help="how many processes decode; default one a core. Each holds one "
         "whole image in memory: up to 1.6 GB for the largest of DOTA")
-    add("--seed", type=int, default=0, metavar="N", help="of every random choice (default %(default)s)")
+    add("--seed", type=int, default=SEED, metavar="N", help="of every random choice (default %(default)s)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -209,10 +219,11 @@ def main(argv=None):
     groups, rule = make_groups(source, counts, args)
     notes += [f"group {group} is empty ({rule})" for group in GROUPS if not groups[group]]
     info, lists = write(destination, source, lists, groups, rule, args)
-    print_table(info, {split: [label for _, label in samples] for split, samples in lists.items()})
+    counts = print_table(info, {split: [label for _, label in samples] for split, samples in lists.items()})
+    draw_class_counts(info, counts, destination / "class_counts.png")
     for note in notes:
         print(f"note: {note}")
-    print(f"{destination}: {info.name} is ready")
+    print(f"{destination}: {info.name} is ready; its long tail: {destination / 'class_counts.png'}")
 
 
 if __name__ == "__main__":

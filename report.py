@@ -157,6 +157,28 @@ def _save(figure, path):
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def draw_class_counts(info, counts, path):
+    """Training images of each class, the most first, in the colours of head, middle and tail.
+
+    counts: {"train": (C,), "val": (C,)}, which are added up."""
+    totals = [int(train + val) for train, val in zip(counts["train"], counts["val"], strict=True)]
+    order = sorted(range(len(totals)), key=lambda c: -totals[c])
+    group_of_class = info.group_of_class().tolist()
+    figure = _figure(max(6.0, 0.36 * len(order) + 2), 4)
+    axes = figure.add_subplot()
+    for number, group in enumerate(GROUPS):
+        at = [x for x, c in enumerate(order) if group_of_class[c] == number]
+        heights = [totals[order[x]] for x in at]
+        axes.bar(at, heights, color=GROUP_COLOURS[group], label=f"{group}: {len(at)} classes, {sum(heights)} images")
+    axes.set_xticks(range(len(order)), [info.classes[c] for c in order], rotation=60, ha="right", fontsize=7)
+    if max(totals) > 100 * max(min(totals), 1):
+        axes.set_yscale("log")
+    axes.set_ylabel("training images")
+    axes.set_title(f"{info.name}", fontsize=9)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def draw_confusion(results, path):
     """The confusion matrix as a picture: rows are true classes, each scaled to sum 1, named in their group's colour."""
     ids = [row["id"] for row in results["per_class"]]

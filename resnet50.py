@@ -8,6 +8,9 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from runtime import UserError, load_checkpoint
 
+# What this project's checkpoints say of themselves, at least.
+DESCRIPTION = ("stage", "classes", "groups", "preprocessing", "epoch", "selected_on")
+
 
 class ResNet50(ResNet):
     """ResNet-50 over grey images. Convolutions start as N(0, sqrt(2 / (k * k * c_out))), batch norms as 1 / 0."""
@@ -41,6 +44,8 @@ def read_weights(path):
     description = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content, description = content["model"], content.get("description")
+        if not (isinstance(description, dict) and set(DESCRIPTION) <= set(description)):
+            description = None
     if not isinstance(content, dict) or not content or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
         raise UserError(f"{path}: not a state dict; expected names with tensors, or a checkpoint of this project")
@@ -80,25 +85,26 @@ def load_network(path, num_classes):
 
 
 def initialise(network, init):
-    """Fill `network` in place as `init` says, and return in words what was loaded and what was not.
+    """Fill `network` in place as `init` says. Returns in words what was loaded and what was not, and the description
+    that the file brought, None for none.
 
     init: `none`; `imagenet` (torchvision's weights); or a file: a checkpoint of the same classes, or torchvision's
     ResNet-50 file where it cannot be downloaded."""
     if init == "none":
-        return "random weights"
+        return "random weights", None
     if init == "imagenet":
         try:
             state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # a download that does not match its hash is a RuntimeError
             raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
                             f"{ResNet50_Weights.IMAGENET1K_V1.url} and give the file as --init FILE, or --init none")
-        return _load_imagenet(network, state, "ImageNet")
+        return _load_imagenet(network, state, "ImageNet"), None
     state, description = read_weights(init)
     if getattr(state.get("conv1.weight"), "shape", ())[1:2] == (3,):
-        return _load_imagenet(network, state, init)
+        return _load_imagenet(network, state, init), None
     load_state(network, state, init)
     origin = f", {description['stage']} at epoch {description['epoch']}" if description else ""
-    return f"all {len(state)} entries from {init}{origin}"
+    return f"all {len(state)} entries from {init}{origin}", description
 
 
 def _load_imagenet(network, state, source):

@@ -55,7 +55,7 @@ def atomic_path(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -119,16 +119,17 @@ def resolve_device(name):
 
 def resolve_precision(name, device):
     """`fp32`, `bf16` or `auto` -> `fp32` or `bf16`. `auto` is bf16 only where the hardware multiplies it fast:
-    CUDA devices with bf16 units, CPUs with AMX tiles."""
+    CUDA devices with bf16 units, CPUs with AMX tiles. fp32 means it: TF32 convolutions are switched off."""
     if name not in ("fp32", "bf16", "auto"):
         raise UserError(f"--precision {name}: expected fp32, bf16 or auto")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # The test for AMX is private in some releases of torch; where it is missing fp32 is the safe answer.
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and has_amx() else "fp32"
+    if name == "auto":
+        # The test for AMX is private in some releases of torch; where it is missing fp32 is the safe answer.
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "cpu": has_amx}
+        name = "bf16" if fast.get(device.type, lambda: False)() else "fp32"
+    if name == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+    return name
 
 
 def autocast(device, precision):
@@ -232,10 +233,10 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle can fail in any way at all, so anything that reading it raises means "not a checkpoint".
     except Exception as error:
-        with open(path, "rb") as file:
-            is_zip = file.read(2) == b"PK"
-        hint = "truncated or damaged" if is_zip else "not a file that torch wrote"
-        if "Weights only load failed" in str(error):
+        hint = "truncated, damaged, or not a file that torch wrote"
+        if isinstance(error, PermissionError):
+            hint = "it may not be read"
+        elif "Weights only load failed" in str(error):
             hint = "holds something other than tensors and plain types; refused, as loading it could run code"
         raise UserError(f"{path}: not a usable checkpoint ({hint})") from None
 
@@ -243,5 +244,8 @@ def load_checkpoint(path):
 def append_json_line(path, record):
     """Append one JSON object as a line to a log, on the first process only."""
     if rank() == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: could not be written ({error.strerror})") from None

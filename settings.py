@@ -61,7 +61,8 @@ class Settings:
 
 
 # Changing these does not make it another run.
-NOT_PART_OF_A_RUN = ("output", "device", "tensorboard", "resume", "test_only", "weights", "expect_accuracy")
+NOT_PART_OF_A_RUN = ("data_root", "output", "device", "tensorboard", "resume", "test_only", "weights",
+                     "expect_accuracy")
 
 
 def add_flags(parser, fields=None):
@@ -89,7 +90,8 @@ def parse_settings(stage, settings, description, argv=None):
     data = Path(settings.data_root).resolve().name
     output = settings.output
     if settings.test_only and settings.weights and "output" not in given:
-        output = str(Path(output).parent / f"test_{Path(settings.weights).stem}")
+        weights = Path(settings.weights).resolve()  # .../student/best.pt is tested into test_student_best
+        output = str(Path(output).parent / f"test_{weights.parent.name}_{weights.stem}")
     settings = dataclasses.replace(settings, output=output.replace("{data}", data).replace("{stage}", stage))
     check_ranges(settings)
     return settings, given
@@ -104,24 +106,32 @@ def check_ranges(settings):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
 
 
-def identity(stage, settings):
-    """The plain values that make this run what it is: two runs with equal ones compute the same."""
+def identity(stage, settings, precision, data):
+    """The plain values that make a run what it is: two runs with equal ones compute the same on the same device.
+
+    precision: what `auto` came to. data: the `dataset.fingerprint` of what it trains on."""
     values = {name: list(value) if isinstance(value, tuple) else value
               for name, value in dataclasses.asdict(settings).items() if name not in NOT_PART_OF_A_RUN}
-    values["data_root"] = str(Path(settings.data_root).resolve())
-    return {"stage": stage, **values}
+    return {"stage": stage, **values, "precision": precision, "data": data}
 
 
-def check_output(stage, settings):
-    """Raise UserError if `settings.output` holds another run than this one, or this one and --resume is not given."""
+def check_output(settings, mine):
+    """Raise UserError if `settings.output` holds another run than the one that is `mine` (its `identity`), or this one
+    and --resume is not given, or the results of a test."""
     folder = Path(settings.output)
     path = folder / "settings.json"
-    if path.exists():
-        if not settings.resume:
-            raise UserError(f"{folder}: holds a run already; go on with it by --resume, or give another --output")
-        theirs = read_json(path)
-        for name, value in identity(stage, settings).items():
-            if not isinstance(theirs, dict) or theirs.get(name) != value:
-                other = theirs.get(name) if isinstance(theirs, dict) else None
-                raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {other}, not {value}; give the "
-                                "settings it was started with, or another --output")
+    if not path.exists():
+        if (folder / "results.json").exists():
+            raise UserError(f"{folder}: holds the results of a test; give another --output")
+        return
+    if not settings.resume:
+        raise UserError(f"{folder}: holds a run already; go on with it by --resume, or give another --output")
+    theirs = read_json(path)
+    theirs = theirs if isinstance(theirs, dict) else {}
+    if theirs.get("data") != mine["data"]:
+        raise UserError(f"{folder}: holds a run on other lists, classes or groups than {settings.data_root} has now; "
+                        "give another --output")
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {theirs.get(name)}, not {value}; "
+                            "give the settings it was started with, or another --output")

@@ -1,12 +1,13 @@
 """What a stage is, and what it needs before it can run: its classes' images, and the checkpoints of earlier stages."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dataset import GROUPS, ImageDataset, class_counts, read_info, read_split
+from dataset import GROUPS, SPLITS, ImageDataset, class_counts, read_info, read_split
 from distillation import freeze
 from image_cache import ImageCache
 from resnet50 import load_network
@@ -46,7 +47,7 @@ class Data:
 
 def read_lists(stage, settings, training=True):
     """Read and check the data set's lists. Returns (DatasetInfo, the stage's class ids, {split: [Sample]}), where the
-    split `val` is what the best epoch is chosen on; the samples are those of all classes.
+    split `val` is what the best epoch is chosen on; the samples are those of all classes. A test needs no train.txt.
 
     Raises UserError for what would make training wrong: a group without classes, a class without training images, fewer
     images than a batch, no held-out part to select on."""
@@ -57,12 +58,13 @@ def read_lists(stage, settings, training=True):
             raise UserError(f"{path}: the group '{group}' holds no class, and stage {stage.name} needs one; make the "
                             "data set with other --head-min and --tail-max")
     classes = list(range(len(info.classes))) if stage.group == "all" else sorted(info.groups[stage.group])
-    splits = {split: read_split(info, split) for split in ("train", "val", "test")}
+    splits = {split: read_split(info, split) for split in SPLITS
+              if training or split == "test" or (info.root / f"{split}.txt").exists()}
     if training and settings.select == "val" and not splits["val"]:
         raise UserError(f"{info.root / 'val.txt'}: no held-out part to choose the best epoch on; make the data set "
                         "with --val-fraction, or give --select test (the authors' protocol)")
     if settings.select == "test":
-        splits["train"], splits["val"] = splits["train"] + splits["val"], splits["test"]
+        splits["train"], splits["val"] = splits.get("train", []) + splits.get("val", []), splits["test"]
     if training:
         check_trainable(stage, settings, info, classes, splits)
     if not of_classes(splits["test"], classes):
@@ -95,17 +97,24 @@ def load_data(info, classes, splits, settings):
     """The stage's images, over one cache of every image of the lists, which all stages share."""
     everything = [sample for samples in splits.values() for sample in samples]
     cache = ImageCache(info.images, everything, settings.image_size, info.root / "cache")
-    return Data(info, classes, *(ImageDataset(cache, of_classes(splits[split], classes))
-                                 for split in ("train", "val", "test")))
+    return Data(info, classes, *(ImageDataset(cache, of_classes(splits[split], classes)) for split in SPLITS))
+
+
+def load_test_images(info, classes, splits, settings):
+    """The stage's test images alone, over a cache of their own: to test needs no training image."""
+    cache = ImageCache(info.images, splits["test"], settings.image_size, info.root / "cache", name="test")
+    return ImageDataset(cache, of_classes(splits["test"], classes))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def initial_weights(settings):
+def initial_weights(stage, settings):
     """`--init`, with `baseline` made the file that it stands for. Raises UserError where that is absent."""
     if settings.init != "baseline":
         return settings.init
+    if stage.name == "baseline":
+        raise UserError("--init baseline: this is the baseline; expected none, imagenet or a checkpoint file")
     path = best_checkpoint_beside(settings, "baseline")
     return str(require(path, "baseline", "--init (none, imagenet or a file)"))
 
@@ -125,22 +134,32 @@ def best_checkpoint_beside(settings, name):
 def require(path, name, flag):
     """`path`, or a UserError that says how to get the checkpoint of stage `name`."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no checkpoint of {name} here; run {SCRIPTS[name]} first, or say where it is with "
-                        f"{flag}")
+        script = ("dota_" if Path(sys.argv[0]).name.startswith("dota_") else "") + SCRIPTS[name]
+        raise UserError(f"{path}: no checkpoint of {name} here; run {script} first, or say where it is with {flag}")
     return path
 
 
 def load_teacher(name, path, settings, info, device):
-    """The frozen teacher of stage `name`, on the device."""
+    """The frozen teacher of stage `name`, on the device. Raises UserError for a checkpoint of this project that is of
+    another stage, image size, or division into head, middle and tail."""
     teacher, description = load_network(path, len(info.classes))
     if description:
         check_classes(description, info, path)
+        size = description["preprocessing"].get("image_size")
+        if description["stage"] != name:
+            raise UserError(f"{path}: is a checkpoint of stage {description['stage']}; expected one of {name}")
+        if description["groups"] != info.groups:
+            raise UserError(f"{path}: was trained with other head, middle and tail classes than those of "
+                            f"{info.root / 'dataset.json'}; train the teachers anew")
+        if size != settings.image_size:
+            raise UserError(f"{path}: was trained at {size} pixels; this run is at {settings.image_size}; give "
+                            f"--image-size {size}")
     say(f"teacher {name}: {path}" + (f", epoch {description['epoch']}" if description else ""))
     return freeze(teacher, settings.teacher_batch_norm).to(device, memory_format=torch.channels_last)
 
 
 def check_classes(description, info, path):
-    """Raise UserError where a checkpoint was trained for other classes, or the same in another order."""
+    """Raise UserError where a checkpoint of as many classes was trained for others, or the same in another order."""
     for class_id, (theirs, ours) in enumerate(zip(description["classes"], info.classes, strict=True)):
         if theirs != ours:
             raise UserError(f"{path}: its class {class_id} is {theirs!r}, that of {info.root / 'dataset.json'} is "

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, draw_tiny, run_main, run_program
+from conftest import QUICK, TINY_GROUPS, draw_tiny, run_main, run_program
 from PIL import Image
 
 import baseline_cl_s_weight
@@ -45,7 +45,7 @@ DAMAGE = [
     (lambda root: truncate(root / "images" / "train_1_0.png"), r"train\.txt:15: .*train_1_0\.png: not readable as an"),
     (lambda root: drop_class(root, "train", 4), r"train\.txt: class 4 \(e\) has no training image"),
     (lambda root: (root / "val.txt").unlink(), r"val\.txt: no held-out part .*--val-fraction, or give --select test"),
-    (lambda root: (root / "test.txt").unlink(), r"test\.txt: could not be read \(No such file"),
+    (lambda root: (root / "test.txt").unlink(), r"test\.txt: no such list"),
     (lambda root: (root / "train.txt").write_text("\n\n"), r"train\.txt: the list is empty"),
     (lambda root: (root / "train.txt").write_bytes(b"a.png 1\n\xff\xfe 1\n"), r"train\.txt:2: not UTF-8 text"),
     (lambda root: (root / "dataset.json").write_text("{"), r"dataset\.json:1: not valid JSON"),
@@ -94,6 +94,9 @@ def test_fewer_images_than_a_batch(own_tiny, tmp_path, capsys):
     (baseline_resnet50, ("--device", "gpu"), r"--device gpu: unknown device; expected auto, cpu"),
     (baseline_resnet50, ("--init", "none", "--sampler", "self-calibrated"), r"--sampler self-calibrated: needs"),
     (baseline_resnet50, ("--epochs", "0"), r"--epochs 0: expected 1 to"),
+    (baseline_resnet50, ("--init", "baseline"), r"--init baseline: this is the baseline; expected none, imagenet or"),
+    (baseline_resnet50, ("--init", "none", "--batch-size", "1"), r"--batch-size 1: leaves each process one image"),
+    (baseline_resnet50, ("--init", "none", "--tensorboard"), r"--tensorboard: the package is not installed"),
     (baseline_resnet50, ("--seed", "-1"), r"--seed -1: expected 0 to"),
     (baseline_cl_s_weight, ("--test-only", "--weights", "gone.pt"), r"gone\.pt: no such checkpoint"),
 ])
@@ -116,14 +119,19 @@ def write_checkpoint(kind, path):
     elif kind == "random bytes":
         path.write_bytes(os.urandom(4096))
     elif kind == "other class order":
-        description = {"stage": "student", "classes": list("bacdef"), "epoch": 1, "selected_on": "val",
-                       "preprocessing": {"image_size": 32}}
-        torch.save({"model": ResNet50(6).state_dict(), "description": description}, path)
+        save_described(path, classes=list("bacdef"))
+
+
+def save_described(path, **change):
+    """A checkpoint as T1 of the tiny data would leave it, but for `change`."""
+    description = {"stage": "t1", "classes": list("abcdef"), "groups": TINY_GROUPS, "epoch": 1, "selected_on": "val",
+                   "preprocessing": {"image_size": 32}}
+    torch.save({"model": ResNet50(6).state_dict(), "description": {**description, **change}}, path)
 
 
 CHECKPOINTS = {
     "other class count": r"is for 23 classes; the data set has 6", "no state dict": "not a state dict",
-    "truncated": r"not a usable checkpoint \(truncated or damaged\)", "random bytes": "not a usable checkpoint",
+    "truncated": r"not a usable checkpoint \(truncated, damaged", "random bytes": "not a usable checkpoint",
     "other class order": r"its class 0 is 'b', that of .*dataset\.json is 'a'; expected the same classes",
 }
 
@@ -144,6 +152,47 @@ def test_a_wrong_checkpoint_cannot_teach(tiny, tmp_path, capsys, kind):
                     tmp_path / "t2", *QUICK) == 2
     assert_one_line(capsys, r"t1\.pt: " + CHECKPOINTS[kind])
     assert not (tmp_path / "t2").exists()
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"stage": "baseline"}, "is a checkpoint of stage baseline; expected one of t1"),
+    ({"groups": {"head": [0], "middle": [1, 2, 3], "tail": [4, 5]}}, "with other head, middle and tail classes"),
+    ({"preprocessing": {"image_size": 224}}, "was trained at 224 pixels; this run is at 32; give --image-size 224"),
+])
+def test_a_teacher_of_another_run_cannot_teach(tiny, tmp_path, capsys, change, complaint):
+    save_described(tmp_path / "t1.pt", **change)
+    assert run_main(baseline_cl_t2, "--t1", tmp_path / "t1.pt", "--data-root", tiny, "--init", "none", "--output",
+                    tmp_path / "t2", *QUICK) == 2
+    assert_one_line(capsys, r"t1\.pt: .*" + complaint)
+    assert not (tmp_path / "t2").exists()
+
+
+def test_a_baseline_of_other_classes_is_no_start(tiny, tmp_path, capsys):
+    save_described(tmp_path / "other.pt", classes=list("bacdef"))
+    assert run_main(baseline_cl_t1, "--init", tmp_path / "other.pt", "--data-root", tiny, "--output", tmp_path / "t1",
+                    *QUICK) == 2
+    assert_one_line(capsys, r"other\.pt: its class 0 is 'b'")
+
+
+def test_a_run_does_not_go_on_with_other_lists(own_tiny, tmp_path, capsys):
+    flags = ("--data-root", own_tiny, "--output", tmp_path / "b", "--init", "none", *QUICK, "--epochs", "1")
+    assert run_main(baseline_resnet50, *flags) == 0
+    (tmp_path / "b" / "results.json").unlink()
+    path = own_tiny / "train.txt"
+    path.write_text("".join(path.read_text().splitlines(True)[1:]))
+    capsys.readouterr()
+    assert run_main(baseline_resnet50, *flags, "--resume") == 2
+    assert_one_line(capsys, "holds a run on other lists, classes or groups")
+
+
+def test_a_checkpoint_that_no_run_can_go_on_from(tiny, tmp_path, capsys):
+    flags = ("--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK, "--epochs", "1")
+    assert run_main(baseline_resnet50, *flags) == 0
+    (tmp_path / "b" / "results.json").unlink()
+    torch.save({"model": {}}, tmp_path / "b" / "last.pt")
+    capsys.readouterr()
+    assert run_main(baseline_resnet50, *flags, "--resume") == 2
+    assert_one_line(capsys, r"last\.pt: not a checkpoint that this run can go on from")
 
 
 def test_unusual_images_are_converted_and_trained_on(tmp_path):

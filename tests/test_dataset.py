@@ -89,7 +89,7 @@ RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (8, 1))
     ("L.png", lambda: Image.fromarray(RAMP), 0),
     ("16bit.png", lambda: Image.fromarray(RAMP.astype(np.uint16) * 257), 0),
     ("16bit.tif", lambda: Image.fromarray(RAMP.astype(np.uint16) * 257), 0),
-    ("float.tif", lambda: Image.fromarray(RAMP.astype(np.float32)), 0),
+    ("dark16bit.png", lambda: Image.fromarray(RAMP.astype(np.uint16)), None),
     ("rgba.png", lambda: Image.fromarray(RAMP).convert("RGBA"), 1),
     ("palette.gif", lambda: Image.fromarray(RAMP), 1),
     ("cmyk.jpg", lambda: Image.fromarray(RAMP).convert("RGB").convert("CMYK"), 6),
@@ -97,7 +97,14 @@ RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (8, 1))
 def test_formats_are_converted(tmp_path, name, make, tolerance):
     make().save(tmp_path / name)
     grey = np.asarray(decode_grey(tmp_path / name)).astype(int)
-    assert grey.shape == RAMP.shape and np.abs(grey - RAMP).max() <= tolerance
+    expected = RAMP if tolerance is not None else np.rint(RAMP / 257)  # 16 bits are 16 bits, however dark
+    assert grey.shape == RAMP.shape and np.abs(grey - expected).max() <= (tolerance or 0)
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="floating-point pixels, of no known range"):
+        decode_grey(tmp_path / "float.tif")
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -138,6 +145,23 @@ def test_cache_is_built_once_and_again_when_an_image_changes(own_tiny, monkeypat
     assert again.key != first.key and built == [1]
     assert (again.array[again.row_of[samples[3].path]] == 9).all()
     assert len(list((own_tiny / "cache").glob("*.npy"))) == 1
+
+
+def test_a_built_cache_needs_no_right_to_write(own_tiny, monkeypatch):
+    key = cache_of(own_tiny)[0].key
+    monkeypatch.setattr(image_cache, "_locked", None)
+    assert cache_of(own_tiny)[0].key == key
+
+
+def test_a_cache_of_another_name_replaces_none(own_tiny):
+    cache_of(own_tiny)
+    cache_of(own_tiny, name="test")
+    assert sorted(file.name.split("_")[0] for file in (own_tiny / "cache").glob("*.npy")) == ["images", "test"]
+
+
+def test_a_killed_decoder_is_one_error(tmp_path):
+    with pytest.raises(UserError, match="was killed, probably for lack of memory"):
+        list(image_cache.in_processes(os._exit, [9, 9, 9], 2))
 
 
 def test_a_bad_image_stops_the_cache_and_leaves_none(own_tiny):

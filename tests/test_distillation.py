@@ -92,6 +92,15 @@ def test_train_mode_batch_norm_is_a_switch(batch):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_in_train_mode_the_statistics_are_those_of_the_whole_batch(batch):
+    images, groups = batch
+    torch.manual_seed(0)
+    teacher = freeze(ResNet50(6), "train")
+    whole = copy.deepcopy(teacher).layer3_features(images)
+    found = imitate_own(dict.fromkeys(("t1", "t2", "t3"), teacher), images, groups, whole.detach())["mse_own"]
+    assert found.max() < 1e-9
+
+
 def test_sums_by_class_against_a_loop():
     generator = torch.Generator().manual_seed(2)
     losses, labels = torch.rand(20, generator=generator), torch.randint(0, 5, (20,), generator=generator)

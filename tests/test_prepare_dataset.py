@@ -77,7 +77,7 @@ def test_the_command_makes_a_data_set_and_refuses_to_overwrite_it(tmp_path):
     done = run("folders", source, tmp_path / "made")
     assert (done.returncode, done.stderr) == (0, "")
     assert "plane" in done.stdout and "is ready" in done.stdout
-    assert files_under(tmp_path / "made") == ["dataset.json", "test.txt", "train.txt", "val.txt"]
+    assert files_under(tmp_path / "made") == ["class_counts.png", "dataset.json", "test.txt", "train.txt", "val.txt"]
     before = {path: path.read_bytes() for path in (tmp_path / "made").iterdir()}
 
     again = run("folders", source, tmp_path / "made", "--seed", 5)
@@ -612,7 +612,7 @@ def test_check_finds_groups_and_classes_without_images(sound, capsys):
     status, found, _ = findings(sound, capsys)
     assert status == 1 and len(found) == 3
     assert "error: group head has no training images" in found[0]
-    assert "error: class 0 (a) has 4 images to be tested on and none to learn from" in found[1]
+    assert "error: class 0 (a) has no training images; it has 4 elsewhere" in found[1]
     assert "note: class 1 (b) has no test images" in found[2]
 
     content = json.loads((sound / "dataset.json").read_text())
@@ -630,14 +630,17 @@ def test_check_finds_groups_and_classes_without_images(sound, capsys):
 
 
 @pytest.mark.real_data
-def test_dota_examples_give_694_chips(tmp_path):
+def test_dota_examples_give_694_chips(tmp_path, capsys):
     prepare("dota", real("dota_examples"), tmp_path / "d")
     counts = dict(zip(DOTA["classes"], counts_of(tmp_path / "d", "train", "val", "test"), strict=True))
     assert {name: count for name, count in counts.items() if count} == {
         "ship": 531, "large-vehicle": 53, "plane": 49, "small-vehicle": 23, "swimming-pool": 10, "tennis-court": 10,
         "helicopter": 9, "harbor": 5, "baseball-diamond": 2, "roundabout": 1, "ground-track-field": 1}
     assert len(list((tmp_path / "d" / "images").rglob("*.png"))) == 694
-    assert prepare("check", tmp_path / "d") == 0
+    assert prepare("check", tmp_path / "d") == 1
+    errors = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    absent = [name for name, count in counts.items() if not count]
+    assert errors == [f"error: class {DOTA['classes'].index(name)} ({name}) has no training images" for name in absent]
 
 
 @pytest.mark.real_data

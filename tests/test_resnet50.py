@@ -106,14 +106,14 @@ def test_imagenet_weights_sum_the_stem_and_leave_the_classifier(monkeypatch, tmp
     monkeypatch.setattr(type(ResNet50_Weights.IMAGENET1K_V1), "get_state_dict", lambda self, **options: dict(state))
     network = ResNet50(7)
     classifier = network.fc.weight.clone()
-    said = initialise(network, "imagenet")
+    said, _ = initialise(network, "imagenet")
     assert "318 entries" in said and "fc.weight" in said
     assert torch.equal(network.conv1.weight, state["conv1.weight"].sum(1, keepdim=True))
     assert torch.equal(network.fc.weight, classifier)
     assert torch.equal(network.layer3[5].conv3.weight, state["layer3.5.conv3.weight"])
     torch.save(state, tmp_path / "resnet50-0676ba61.pth")
     from_file = ResNet50(7)
-    assert "318 entries" in initialise(from_file, str(tmp_path / "resnet50-0676ba61.pth"))
+    assert "318 entries" in initialise(from_file, str(tmp_path / "resnet50-0676ba61.pth"))[0]
     assert torch.equal(from_file.conv1.weight, network.conv1.weight)
 
 
@@ -128,11 +128,18 @@ def test_imagenet_out_of_reach_says_what_to_do(monkeypatch):
 
 def test_a_checkpoint_of_this_project_brings_its_description(tmp_path):
     network = ResNet50(4)
-    torch.save({"model": network.state_dict(), "description": {"stage": "t1", "epoch": 3}}, tmp_path / "best.pt")
-    state, description = read_weights(tmp_path / "best.pt")
-    assert description == {"stage": "t1", "epoch": 3} and torch.equal(state["fc.bias"], network.fc.bias)
-    said = initialise(ResNet50(4), str(tmp_path / "best.pt"))
-    assert said == f"all 320 entries from {tmp_path / 'best.pt'}, t1 at epoch 3"
+    description = {"stage": "t1", "classes": [], "groups": {}, "preprocessing": {}, "epoch": 3, "selected_on": "val"}
+    torch.save({"model": network.state_dict(), "description": description}, tmp_path / "best.pt")
+    state, found = read_weights(tmp_path / "best.pt")
+    assert found == description and torch.equal(state["fc.bias"], network.fc.bias)
+    said, found = initialise(ResNet50(4), str(tmp_path / "best.pt"))
+    assert found == description and said == f"all 320 entries from {tmp_path / 'best.pt'}, t1 at epoch 3"
+
+
+@pytest.mark.parametrize("description", ["words", {"stage": "t1"}, None, 3])
+def test_a_checkpoint_of_another_project_has_no_description(tmp_path, description):
+    torch.save({"model": ResNet50(4).state_dict(), "description": description}, tmp_path / "model.pt")
+    assert read_weights(tmp_path / "model.pt")[1] is None
 
 
 def without(state, name):

@@ -1,5 +1,6 @@
 """Whole scripts on tiny data, as a user runs them: all five stages, the test entry, resuming, several processes."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -21,8 +22,12 @@ import dota_baseline_cl_t2
 import dota_baseline_cl_t3
 import dota_baseline_resnet50
 import engine
+from ClassAwareSampler import ClassAwareBatchSampler
+from dataset import network_input
+from distillation import sums_by_class
 from resnet50 import ResNet50
-from settings import Settings
+from settings import Settings, parse_settings
+from stage import read_lists
 
 STAGES = ("baseline", "t1", "t2", "t3", "student")
 
@@ -130,10 +135,44 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, t
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
-def test_the_student_differs_from_a_plain_run(pipeline):
-    student, baseline = (torch.load(pipeline[0] / "seed0" / stage / "best.pt", weights_only=True)["model"]
-                         for stage in ("student", "baseline"))
-    assert not torch.equal(student["layer3.0.conv1.weight"], baseline["layer3.0.conv1.weight"])
+def test_the_last_checkpoint_describes_itself_and_can_be_tested(pipeline, tiny, tmp_path):
+    last = pipeline[0] / "seed0" / "t1" / "last.pt"
+    assert torch.load(last, weights_only=True)["description"]["epoch"] == 2
+    assert run_main(baseline_cl_t1, "--test-only", "--weights", last, "--data-root", tiny, "--output",
+                    tmp_path / "test", "--device", "cpu") == 0
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert [row["name"] for row in results["per_class"]] == ["a", "b"] and results["image_size"] == 32
+
+
+def test_one_student_step_is_that_of_the_paper(pipeline, tiny):
+    """The losses of a batch, and the class weights after it, against a loop over its images."""
+    folder = pipeline[0] / "seed0"
+    flags = ["--data-root", tiny, "--output", folder / "student_again", *QUICK]
+    settings, _ = parse_settings("student", baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
+    device, stage = torch.device("cpu"), baseline_cl_s_weight.STAGE
+    run = engine.start_run(stage, settings, read_lists(stage, settings), device, "fp32")
+    # Drawn by the class-aware first batch of a sampler with the same seed.
+    expected = ClassAwareBatchSampler(run.data.train.labels, 8, settings.seed).draw()
+    batch = next(iter(run.sampler))
+    assert batch == expected.tolist()
+    images, labels = run.data.train.__getitems__(batch)
+    images = network_input(images)
+    groups = run.data.info.group_of_class()[labels]
+    losses = engine.step_losses(run, run.network.train(), images, labels, groups)
+    logits, features = run.network(images)
+    by_class = {}
+    for i, label in enumerate(labels.tolist()):
+        teacher = run.teachers[("t1", "t1", "t2", "t2", "t3", "t3")[label]]
+        target = teacher.layer3_features(images[i:i + 1])[0]
+        own = ((features[i] - target) ** 2).mean().item()
+        assert losses["mse_own"][i].item() == pytest.approx(own, rel=1e-3)
+        assert losses["cross_entropy"][i].item() == pytest.approx(-logits[i].log_softmax(0)[label].item(), rel=1e-4)
+        by_class.setdefault(label, []).append(own)
+    run.sampler.update(*sums_by_class(losses["mse_own"], labels, 6))
+    weights = {label: math.log(1 + sum(own) / len(own)) for label, own in by_class.items()}
+    mean = sum(weights.values()) / len(weights)
+    weights = [weights.get(label, mean) for label in range(6)]
+    assert run.sampler.class_weights().tolist() == pytest.approx([w / sum(weights) for w in weights], rel=1e-3)
 
 
 # ---- the test entry --------------------------------------------------------------------------------------------------
@@ -179,18 +218,23 @@ def test_testing_other_weights_into_a_run_is_refused(pipeline, tiny, tmp_path, c
 def test_predict_names_what_is_in_a_folder(pipeline, tiny, tmp_path):
     weights = pipeline[0] / "seed0" / "student" / "best.pt"
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    done = run_program("predict.py", "--weights", weights, tiny / "images", tmp_path / "broken.png", "--top", 2,
-                       "--json", tmp_path / "predictions.json", "--precision", "fp32")
-    assert done.returncode == 1 and done.stderr.strip().endswith("broken.png: not an image that Pillow can read")
-    predictions = json.loads((tmp_path / "predictions.json").read_text())
-    images = len(list((tiny / "images").iterdir()))
-    assert len(predictions) == images + 1 and done.stdout.count("\n") == images
+    (tmp_path / "list.txt").write_text(f"{tiny / 'images' / 'test_0_1.png'} 0\nbroken.png\nabsent.png")
+    done = run_program("predict.py", "--weights", weights, tmp_path / "list.txt", tiny / "images", "--top", 2, "--csv",
+                       tmp_path / "predictions.csv", "--json", tmp_path / "predictions.json", "--precision", "fp32")
+    assert done.returncode == 1
+    assert done.stderr == (f"{tmp_path / 'broken.png'}: not an image that Pillow can read\n"
+                           f"{tmp_path / 'absent.png'}: no such image\n")
+    rows = json.loads((tmp_path / "predictions.json").read_text())
+    images = sorted(str(path) for path in (tiny / "images").iterdir())
+    assert [row["path"] for row in rows[3:]] == images and "error" in rows[1] and "error" in rows[2]
     confusion = json.loads((weights.parent / "results.json").read_text())["confusion"]
-    named = [row for row in predictions if os.path.basename(row["image"]).startswith("test_")]
+    named = [row["predictions"] for row in rows[3:] if os.path.basename(row["path"]).startswith("test_")]
     for class_id in range(6):
-        found = sum(row["predictions"][0]["id"] == class_id for row in named)
-        assert found == sum(row[class_id] for row in confusion)
-    assert all(row["predictions"][0]["probability"] >= row["predictions"][1]["probability"] for row in named)
+        assert sum(first["id"] == class_id for first, _ in named) == sum(row[class_id] for row in confusion)
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["path", "class", "probability", "class_2", "probability_2"] and len(table) == len(images) + 2
+    assert table[1][0] == str(tiny / "images" / "test_0_1.png") and float(table[1][2]) >= float(table[1][4])
 
 
 # ---- protocols and processes -----------------------------------------------------------------------------------------
@@ -204,26 +248,46 @@ def test_the_authors_protocol_trains_on_everything_and_says_so(tiny, tmp_path):
     assert [row["train"] for row in results["per_class"]] == [16, 14, 11, 10, 7, 6]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys):
-    torch.manual_seed(0)
-    state = ResNet50(6).state_dict()
-    state["fc.bias"][2] = math.nan
-    torch.save(state, tmp_path / "nan.pt")
-    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", tmp_path / "nan.pt",
-                    *QUICK) == 2
-    assert "stage baseline, epoch 1, step 1: cross_entropy is nan" in capsys.readouterr().err
-    assert not (tmp_path / "b" / "best.pt").exists()
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(pipeline, tiny, tmp_path, capsys,
+                                                                                  monkeypatch):
+    """In the student, whose sampler would otherwise be the first to fail."""
+    first = pipeline[0] / "seed0"
+    teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
+    step_losses, steps = engine.step_losses, []
+
+    def fail_in_the_second_epoch(*arguments):
+        steps.append(1)
+        losses = step_losses(*arguments)
+        return {**losses, "mse_own": losses["mse_own"] * math.nan} if len(steps) == 10 else losses
+
+    monkeypatch.setattr(engine, "step_losses", fail_in_the_second_epoch)
+    assert run_main(baseline_cl_s_weight, "--data-root", tiny, "--output", tmp_path / "s", *teachers, "--init",
+                    first / "baseline" / "best.pt", *QUICK) == 2
+    assert "stage student, epoch 2, step 3: mse_own is nan" in capsys.readouterr().err
+    last = torch.load(tmp_path / "s" / "last.pt", weights_only=True)
+    assert last["epoch"] == 1 and all(value.isfinite().all() for value in last["model"].values())
 
 
-def test_two_processes_train_one_network_and_test_each_image_once(tiny, tmp_path):
-    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", 2, PROJECT / "baseline_resnet50.py",
-                       "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
-                       env={"OMP_NUM_THREADS": "1"})
+def test_bf16_trains_too(tiny, tmp_path):
+    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
+                    "--epochs", "1", "--precision", "bf16") == 0
+    assert json.loads((tmp_path / "b" / "settings.json").read_text())["precision"] == "bf16"
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["precision"] == "bf16"
+
+
+def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny, tmp_path):
+    first = pipeline[0] / "seed0"
+    teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
+    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", 2, PROJECT / "baseline_cl_s_weight.py",
+                       "--data-root", tiny, "--output", tmp_path / "s", "--init", first / "baseline" / "best.pt",
+                       *teachers, *QUICK, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "(4 on each of 2 processes)" in done.stdout and done.stdout.count("best epoch") == 1
-    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    results = json.loads((tmp_path / "s" / "results.json").read_text())
     assert results["images"] == sum(map(sum, results["confusion"])) == 24
-    assert len(log_of(tmp_path / "b")) == 2
+    assert len(log_of(tmp_path / "s")) == 2
+    # The images of an epoch's first batch, and so the losses, are those of one process; batch norm's shares differ.
+    assert log_of(tmp_path / "s")[0]["mse_own"] == pytest.approx(log_of(first / "student")[0]["mse_own"], rel=0.5)
 
 
 def test_the_dota_twins_differ_in_the_data_set_alone():
