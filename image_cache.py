@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import stat
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -104,9 +105,10 @@ def _cache_key(images, paths, where, size):
             inside[folder] = _is_inside(folder, root)
         try:
             status = os.lstat(full)
-            if not inside[folder] or (os.path.islink(full) and not _is_inside(full, root)):
+            is_link = stat.S_ISLNK(status.st_mode)
+            if not inside[folder] or (is_link and not _is_inside(full, root)):
                 raise UserError(f"{where[path]}: {path} is a link out of the image folder {images}")
-            status = os.stat(full)
+            status = os.stat(full) if is_link else status
         except (OSError, ValueError):
             raise UserError(f"{where[path]}: no such image: {Path(images) / path}") from None
         digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())

@@ -10,6 +10,7 @@ from runtime import atomic_path, say, write_json
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
+ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, yardsticks, student
 SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
 
 
@@ -231,16 +232,18 @@ def draw_comparison(runs, path):
 
     runs: {row name: [results of one seed, ...]}; the bars are means over seeds."""
     rows = sorted(next(iter(runs.values()))[0]["per_class"], key=lambda row: -row["train"])
-    figure = _figure(max(7.0, 0.42 * len(rows) + 2), 4.5)
+    figure = _figure(max(7.0, 0.42 * len(rows) + 2), 5.5)
     axes = figure.add_subplot()
     width = 0.8 / len(runs)
+    colours = ROW_COLOURS if len(runs) == len(ROW_COLOURS) else (ROW_COLOURS[0], ROW_COLOURS[-1])
     for number, (name, seeds) in enumerate(runs.items()):
         values = []
         for row in rows:
             found = [other["accuracy"] for results in seeds for other in results["per_class"]
                      if other["id"] == row["id"] and other["accuracy"] is not None]
             values.append(100 * mean(found) if found else math.nan)
-        axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name)
+        axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name,
+                 color=colours[number % len(colours)])
     axes.set_xticks(range(len(rows)), [f"{row['name']} ({row['train']})" for row in rows], rotation=60, ha="right",
                     fontsize=7)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):
