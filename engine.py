@@ -194,10 +194,14 @@ def train(stage, settings, device):
     trained = run.network
     if world_size() > 1:
         trained = DistributedDataParallel(run.network, [device] if device.type == "cuda" else None)
-    while run.epoch < settings.epochs:
-        record = train_one_epoch(run, trained)
-        finish_epoch(run, record, description)
-        report.log_epoch(record, settings, run, writer)
+    try:
+        while run.epoch < settings.epochs:
+            record = train_one_epoch(run, trained)
+            finish_epoch(run, record, description)
+            report.log_epoch(record, settings, run, writer)
+    except KeyboardInterrupt:
+        say(f"\n{run.epoch} of {settings.epochs} epochs are kept in {folder}; the same command with --resume goes on")
+        raise
     say(f"best epoch {run.best_epoch}: {settings.select} accuracy {run.best_accuracy:.4f}")
     wait_for_all()  # until the first process has written best.pt
     if rank() == 0:

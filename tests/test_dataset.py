@@ -227,3 +227,19 @@ def test_a_larger_set_costs_no_copy(tmp_path):
     root = draw_tiny(tmp_path / "t", train=[40, 30, 20, 10, 5, 5])
     cache = cache_of(root)[0]
     assert isinstance(cache.array, np.memmap) and not cache.array.flags.writeable
+
+
+def test_the_loader_draws_no_batch_ahead(tiny):
+    """Self-calibrated sampling changes its weights after each step, and the very next batch must know them."""
+    cache, _, info = cache_of(tiny)
+    drawn = []
+
+    def batches():
+        for number in range(4):
+            drawn.append(number)
+            yield [number]
+
+    for number, _ in enumerate(batch_loader(ImageDataset(cache, read_split(info, "train")), batches(),
+                                            torch.device("cpu"))):
+        assert drawn == list(range(number + 1))
+    assert len(drawn) == 4

@@ -109,7 +109,7 @@ def test_a_second_run_needs_another_folder_or_resume(pipeline, tiny, capsys):
     assert (folder / "results.json").stat().st_mtime_ns == before
 
 
-def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, tmp_path, monkeypatch):
+def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, tmp_path, monkeypatch, capsys):
     """The student has the most state: its sampler's class weights, and the flips."""
     first = pipeline[0] / "seed0"
     teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
@@ -128,6 +128,7 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, t
     monkeypatch.setattr(engine, "train_one_epoch", stop_in_the_third_epoch)
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts") == 130
     monkeypatch.undo()
+    assert "2 of 3 epochs are kept" in capsys.readouterr().out
     assert len(log_of(tmp_path / "parts")) == 2
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts", "--resume") == 0
     whole, parts = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("whole", "parts"))
