@@ -19,7 +19,7 @@ demo: .venv/installed
 	test -f data/demo/dataset.json || \
 	  $(BIN)/python prepare_dataset.py folders data/demo_images data/demo --head-min 34 --tail-max 14
 	$(BIN)/python run_all.py --data-root data/demo --output runs/demo --resume --init none \
-	  --image-size 64 --batch-size 16 --epochs 12 --schedule one-cycle --lr 0.01
+	  --image-size 64 --batch-size 16 --epochs 9 --schedule one-cycle --lr 0.01
 	@echo "the drawn ships: data/demo_images/sheet.png"
 
 test: .venv/installed-dev
