@@ -5,12 +5,18 @@ weights are 1), and self-calibrated sampling needs them by class."""
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
-def freeze(network, batch_norm="eval"):
+def freeze(network, batch_norm="eval", precision="fp32"):
     """Make `network` a teacher, in place: no gradients, running statistics as they were trained.
 
-    batch_norm: `eval`, or `train` for the authors' behaviour: statistics of each batch, running ones drifting on."""
+    batch_norm: `eval`, or `train` for the authors' behaviour: statistics of each batch, running ones drifting on.
+    precision: that of training; `bf16` rounds the convolutions once and for all, as autocast would at every step."""
+    if precision == "bf16":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(torch.bfloat16)
     return network.requires_grad_(False).train(batch_norm == "train")
 
 

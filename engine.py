@@ -103,7 +103,8 @@ def start_run(stage, settings, lists, device, precision):
     init, weights = initial_weights(stage, settings), teacher_weights(stage, settings)
     data = load_data(*lists, settings)
     num_classes = len(data.info.classes)
-    teachers = {name: load_teacher(name, path, settings, data.info, device) for name, path in weights.items()}
+    teachers = {name: load_teacher(name, path, settings, data.info, device, precision)
+                for name, path in weights.items()}
     sampler = make_sampler(stage, settings, data.train, num_classes)
     network = ResNet50(num_classes)
     last = Path(settings.output) / "last.pt"

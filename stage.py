@@ -139,7 +139,7 @@ def require(path, name, flag):
     return path
 
 
-def load_teacher(name, path, settings, info, device):
+def load_teacher(name, path, settings, info, device, precision):
     """The frozen teacher of stage `name`, on the device. Raises UserError for a checkpoint of this project that is of
     another stage, image size, or division into head, middle and tail."""
     teacher, description = load_network(path, len(info.classes))
@@ -155,7 +155,8 @@ def load_teacher(name, path, settings, info, device):
             raise UserError(f"{path}: was trained at {size} pixels; this run is at {settings.image_size}; give "
                             f"--image-size {size}")
     say(f"teacher {name}: {path}" + (f", epoch {description['epoch']}" if description else ""))
-    return freeze(teacher, settings.teacher_batch_norm).to(device, memory_format=torch.channels_last)
+    teacher = freeze(teacher, settings.teacher_batch_norm, precision)
+    return teacher.to(device, memory_format=torch.channels_last)
 
 
 def check_classes(description, info, path):

@@ -101,6 +101,17 @@ def test_in_train_mode_the_statistics_are_those_of_the_whole_batch(batch):
     assert found.max() < 1e-9
 
 
+def test_a_bf16_teacher_gives_what_autocast_gives(batch):
+    images, _ = batch
+    torch.manual_seed(0)
+    teacher = ResNet50(6)
+    rounded = freeze(copy.deepcopy(teacher), precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = teacher.eval().layer3_features(images)
+        assert torch.equal(rounded.layer3_features(images), expected)
+    assert rounded.bn1.weight.dtype == torch.float32
+
+
 def test_sums_by_class_against_a_loop():
     generator = torch.Generator().manual_seed(2)
     losses, labels = torch.rand(20, generator=generator), torch.randint(0, 5, (20,), generator=generator)
