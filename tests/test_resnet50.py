@@ -173,7 +173,7 @@ class Exploit:
 def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": Exploit()}, tmp_path / "weights.pt")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Exploit()))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Exploit(), protocol=2))
     for name in ("weights.pt", "plain.pkl"):
         with pytest.raises(UserError, match="not a usable checkpoint"):
             read_weights(tmp_path / name)
