@@ -248,7 +248,8 @@ def draw_comparison(runs, path):
                     fontsize=7)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):
         label.set_color(GROUP_COLOURS[row["group"]])
+    axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, per cent")
-    axes.set_title("class (training images), coloured head, middle, tail", fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set_xlabel("class (training images): " + ", ".join(GROUPS))
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     _save(figure, path)

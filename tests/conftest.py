@@ -50,7 +50,7 @@ def run_program(*command, **options):
     project's folder. Returns the finished process, output as text."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **options.pop("env", {})}
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=PROJECT,
-                          env=environment, timeout=300, **options)
+                          env=environment, timeout=900, **options)
 
 
 def run_main(module, *arguments):

@@ -279,7 +279,7 @@ def test_bf16_trains_too(tiny, tmp_path):
 def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny, tmp_path):
     first = pipeline[0] / "seed0"
     teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
-    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", 2, PROJECT / "baseline_cl_s_weight.py",
+    done = run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, PROJECT / "baseline_cl_s_weight.py",
                        "--data-root", tiny, "--output", tmp_path / "s", "--init", first / "baseline" / "best.pt",
                        *teachers, *QUICK, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
