@@ -288,7 +288,8 @@ def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny
     assert results["images"] == sum(map(sum, results["confusion"])) == 24
     assert len(log_of(tmp_path / "s")) == 2
     # What is random is drawn for the global batch, so as many numbers as by one process.
-    alone, together = (torch.load(folder / "last.pt", weights_only=True) for folder in (first / "student", tmp_path / "s"))
+    alone, together = (torch.load(folder / "last.pt", weights_only=True)
+                       for folder in (first / "student", tmp_path / "s"))
     assert torch.equal(alone["flips"], together["flips"])
     assert together["sampler"]["known"].any() and together["description"]["processes"] == 2
 
