@@ -1,7 +1,9 @@
 """What a user can get wrong: each is one line on stderr that names the place, exit status 2, and nothing is written."""
 
+import importlib.util
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -54,8 +56,6 @@ DAMAGE = [
 
 
 def assert_one_line(capsys, complaint):
-    import re
-
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert re.search(complaint, error), error
@@ -96,7 +96,6 @@ def test_fewer_images_than_a_batch(own_tiny, tmp_path, capsys):
     (baseline_resnet50, ("--epochs", "0"), r"--epochs 0: expected 1 to"),
     (baseline_resnet50, ("--init", "baseline"), r"--init baseline: this is the baseline; expected none, imagenet or"),
     (baseline_resnet50, ("--init", "none", "--batch-size", "1"), r"--batch-size 1: leaves each process one image"),
-    (baseline_resnet50, ("--init", "none", "--tensorboard"), r"--tensorboard: the package is not installed"),
     (baseline_resnet50, ("--seed", "-1"), r"--seed -1: expected 0 to"),
     (baseline_cl_s_weight, ("--test-only", "--weights", "gone.pt"), r"gone\.pt: no such checkpoint"),
 ])
@@ -104,6 +103,14 @@ def test_a_setting_that_cannot_be(tiny, tmp_path, capsys, stage, flags, complain
     flags = ("--data-root", tiny, "--output", tmp_path / "run" / "here", *QUICK, *flags)
     assert run_main(stage, *flags) == 2
     assert_one_line(capsys, complaint)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_without_its_package(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    flags = ("--data-root", tiny, "--output", tmp_path / "run", "--init", "none", *QUICK, "--tensorboard")
+    assert run_main(baseline_resnet50, *flags) == 2
+    assert_one_line(capsys, "--tensorboard: the package is not installed; pip install tensorboard")
     assert not (tmp_path / "run").exists()
 
 
