@@ -103,9 +103,11 @@ def test_only(stage, settings, given, device):
         raise UserError(f"{output}: holds a run of its own; give another --output for the test of {weights}")
     info = read_info(settings.data_root)
     _, description = load_network(weights, len(info.classes))
-    earlier = read_json(output / "results.json") if (output / "results.json").exists() else {}
-    if earlier and earlier.get("weights_sha256") != sha256_of(weights):
-        raise UserError(f"{output}: holds the test of {earlier.get('weights')}; give another --output")
+    earlier = output / "results.json"
+    if earlier.exists():
+        tested = read_json(earlier)
+        if not isinstance(tested, dict) or tested.get("weights_sha256") != sha256_of(weights):
+            raise UserError(f"{earlier}: is of other weights than {weights}; give another --output")
     # Released weights were trained on the whole list: that is what their training counts are to be.
     select = "test"
     if description:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -161,7 +162,7 @@ def load_teacher(name, path, settings, info, device, precision):
 
 def check_classes(description, info, path):
     """Raise UserError where a checkpoint of as many classes was trained for others, or the same in another order."""
-    for class_id, (theirs, ours) in enumerate(zip(description["classes"], info.classes, strict=True)):
+    for class_id, (theirs, ours) in enumerate(zip_longest(description["classes"], info.classes)):
         if theirs != ours:
             raise UserError(f"{path}: its class {class_id} is {theirs!r}, that of {info.root / 'dataset.json'} is "
                             f"{ours!r}; expected the same classes in the same order")

@@ -81,6 +81,13 @@ def test_flags_change_the_block_and_fill_the_folder():
     assert given == {"data_root": "x/mine", "lr_steps": (3, 5)}
 
 
+def test_a_test_of_weights_has_a_folder_of_its_own():
+    flags = ["--test-only", "--weights", "runs/mine/student/best.pt", "--data-root", "x/mine"]
+    assert parse_settings("student", Settings(), "", flags)[0].output == "runs/mine/test_student_best"
+    assert parse_settings("student", Settings(), "", [*flags, "--output", "here"])[0].output == "here"
+    assert parse_settings("student", Settings(), "", flags[:1])[0].output == "runs/FGSC-23/student"
+
+
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"image_size": 16}, {"lr": -1.0},
                                     {"lr": float("nan")}, {"calibration_momentum": 1.0}])
 def test_settings_out_of_range_are_named(change):

@@ -47,6 +47,12 @@ def log_of(folder):
             for record in records]
 
 
+def student_flags(seed_folder):
+    """The flags of a student elsewhere that has its start and its teachers from a finished run."""
+    origins = {"--init": "baseline", "--t1": "t1", "--t2": "t2", "--t3": "t3"}
+    return [part for flag, name in origins.items() for part in (flag, seed_folder / name / "best.pt")]
+
+
 def test_all_stages_run_and_leave_their_files(pipeline):
     folder, done = pipeline
     assert done.returncode == 0, done.stderr
@@ -112,8 +118,7 @@ def test_a_second_run_needs_another_folder_or_resume(pipeline, tiny, capsys):
 def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, tmp_path, monkeypatch, capsys):
     """The student has the most state: its sampler's class weights, and the flips."""
     first = pipeline[0] / "seed0"
-    teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
-    flags = ["--data-root", tiny, "--init", first / "baseline" / "best.pt", *teachers, *QUICK, "--epochs", "3"]
+    flags = ["--data-root", tiny, *student_flags(first), *QUICK, "--epochs", "3"]
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "whole") == 0
 
     epochs = []
@@ -216,6 +221,17 @@ def test_testing_other_weights_into_a_run_is_refused(pipeline, tiny, tmp_path, c
     assert "holds a run of its own" in capsys.readouterr().err
 
 
+def test_a_second_test_does_not_overwrite_that_of_other_weights(pipeline, tiny, tmp_path, capsys):
+    flags = ("--test-only", "--data-root", tiny, "--output", tmp_path / "test", "--device", "cpu")
+    for stage, status in (("student", 0), ("student", 0), ("baseline", 2)):
+        assert run_main(baseline_cl_s_weight, *flags, "--weights", pipeline[0] / "seed0" / stage / "best.pt") == status
+    assert "results.json: is of other weights than" in capsys.readouterr().err
+    assert json.loads((tmp_path / "test" / "results.json").read_text())["stage"] == "student"
+    flags = ("--data-root", tiny, "--init", "none", *QUICK, "--output", tmp_path / "test")
+    assert run_main(baseline_resnet50, *flags) == 2
+    assert "holds the results of a test" in capsys.readouterr().err
+
+
 def test_predict_names_what_is_in_a_folder(pipeline, tiny, tmp_path):
     weights = pipeline[0] / "seed0" / "student" / "best.pt"
     (tmp_path / "broken.png").write_bytes(b"not an image")
@@ -253,7 +269,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
                                                                                   monkeypatch):
     """In the student, whose sampler would otherwise be the first to fail."""
     first = pipeline[0] / "seed0"
-    teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
     step_losses, steps = engine.step_losses, []
 
     def fail_in_the_second_epoch(*arguments):
@@ -262,8 +277,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return {**losses, "mse_own": losses["mse_own"] * math.nan} if len(steps) == 10 else losses
 
     monkeypatch.setattr(engine, "step_losses", fail_in_the_second_epoch)
-    assert run_main(baseline_cl_s_weight, "--data-root", tiny, "--output", tmp_path / "s", *teachers, "--init",
-                    first / "baseline" / "best.pt", *QUICK) == 2
+    assert run_main(baseline_cl_s_weight, "--data-root", tiny, "--output", tmp_path / "s", *student_flags(first),
+                    *QUICK) == 2
     assert "stage student, epoch 2, step 3: mse_own is nan" in capsys.readouterr().err
     last = torch.load(tmp_path / "s" / "last.pt", weights_only=True)
     assert last["epoch"] == 1 and all(value.isfinite().all() for value in last["model"].values())
@@ -278,10 +293,9 @@ def test_bf16_trains_too(tiny, tmp_path):
 
 def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny, tmp_path):
     first = pipeline[0] / "seed0"
-    teachers = [part for name in ("t1", "t2", "t3") for part in (f"--{name}", first / name / "best.pt")]
     done = run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                        PROJECT / "baseline_cl_s_weight.py", "--data-root", tiny, "--output", tmp_path / "s",
-                       "--init", first / "baseline" / "best.pt", *teachers, *QUICK, env={"OMP_NUM_THREADS": "1"})
+                       *student_flags(first), *QUICK, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "(4 on each of 2 processes)" in done.stdout and done.stdout.count("best epoch") == 1
     results = json.loads((tmp_path / "s" / "results.json").read_text())
