@@ -6,7 +6,7 @@ distilled worst.
     python baseline_cl_s_weight.py --test-only --weights FILE     ours, or the authors' released weights
 """
 
-from distillation import imitate_own
+from distillation import own_teacher
 from engine import run_stage
 from settings import Settings
 from stage import Stage
@@ -31,7 +31,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="student", group="all", teachers=("t1", "t2", "t3"), imitate=imitate_own)
+STAGE = Stage(name="student", group="all", teachers=("t1", "t2", "t3"), targets=own_teacher)
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

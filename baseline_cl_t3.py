@@ -4,7 +4,7 @@ loss = CE + MSE(f_T1, f) + MSE(f_T2, f).
     python baseline_cl_t3.py
 """
 
-from distillation import imitate_each
+from distillation import each_teacher
 from engine import run_stage
 from settings import Settings
 from stage import Stage
@@ -26,7 +26,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="t3", group="tail", teachers=("t1", "t2"), imitate=imitate_each)
+STAGE = Stage(name="t3", group="tail", teachers=("t1", "t2"), targets=each_teacher)
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

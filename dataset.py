@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from runtime import UserError, atomic_path, read_json, write_json
 
@@ -180,16 +180,6 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices):
         images = np.asarray(self.cache.array[self.rows[indices]])
         return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(self.labels[indices])
-
-
-def batch_loader(dataset, batch_sampler, device):
-    """A DataLoader whose batches come straight from `__getitems__`, drawn when asked for and not before: a sampler
-    whose weights change after each step needs exactly that."""
-    return DataLoader(dataset, batch_sampler=batch_sampler, collate_fn=_as_is, pin_memory=device.type == "cuda")
-
-
-def _as_is(batch):
-    return batch
 
 
 def network_input(images, flip=None):

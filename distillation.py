@@ -7,12 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resnet50 import fold_batch_norm
+
 
 def freeze(network, batch_norm="eval", precision="fp32"):
-    """Make `network` a teacher, in place: no gradients, running statistics as they were trained.
+    """`network` as a teacher: no gradients. With `eval` a copy whose batch norm, as it was trained, is folded into the
+    convolutions.
 
     batch_norm: `eval`, or `train` for the authors' behaviour: statistics of each batch, running ones drifting on.
     precision: that of training; `bf16` rounds the convolutions once and for all, as autocast would at every step."""
+    if batch_norm == "eval":
+        network = fold_batch_norm(network)
     if precision == "bf16":
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
@@ -20,38 +25,52 @@ def freeze(network, batch_norm="eval", precision="fp32"):
     return network.requires_grad_(False).train(batch_norm == "train")
 
 
+# ---- what to imitate -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def each_teacher(teachers, images, groups):
+    """Stages 2 and 3: f_T(x) of every teacher T, each on the whole batch. Returns {name: (B, 1024, H/16, W/16)}.
+
+    teachers: {name: ResNet50}. images: (B, 1, H, W). `groups` plays no part."""
+    return {name: teacher.layer3_features(images) for name, teacher in teachers.items()}
+
+
+@torch.no_grad()
+def own_teacher(teachers, images, groups):
+    """Stage 4: f_t(y)(x), t(y) being the teacher whose subset holds class y; each image goes through its own teacher
+    only (with batch norm in train mode: every image, for the statistics; the result is that of its own). Returns
+    {"own": (B, 1024, H/16, W/16)}.
+
+    teachers: {"t1": .., "t2": .., "t3": ..}, of head, middle and tail. groups: (B,) CPU tensor, 0 head, 1 middle,
+    2 tail."""
+    targets = None
+    for number, name in enumerate(("t1", "t2", "t3")):
+        # The indices are found on the CPU, where the labels come from: on a GPU they would cost a wait each.
+        chosen = (groups == number).nonzero().squeeze(1).to(images.device, non_blocking=True)
+        if not len(chosen):
+            continue
+        if teachers[name].training:  # the authors' batch statistics are those of the whole batch
+            features = teachers[name].layer3_features(images)[chosen]
+        else:
+            features = teachers[name].layer3_features(images[chosen])
+        if targets is None:
+            targets = features.new_empty(len(images), *features.shape[1:]).to(memory_format=torch.channels_last)
+        targets[chosen] = features
+    return {"own": targets}
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
 def feature_mse(features, teacher_features):
     """MSE(f_t(x), f(x)) of each image: (B, C, H, W) twice -> (B,) fp32. Its mean is the mean over all elements."""
     return F.mse_loss(features.float(), teacher_features.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def imitate_each(teachers, images, groups, features):
-    """Stages 2 and 3: MSE(f_T(x), f(x)) for every teacher T, each on the whole batch.
-
-    teachers: {name: ResNet50}. images: (B, 1, H, W). features: (B, 1024, H/16, W/16). `groups` plays no part."""
-    with torch.no_grad():
-        targets = {name: teacher.layer3_features(images) for name, teacher in teachers.items()}
+def imitate(features, targets):
+    """{"mse_" + name: (B,)}: the MSE of the network's own features (B, C, H, W) to each of `targets`."""
     return {f"mse_{name}": feature_mse(features, target) for name, target in targets.items()}
-
-
-def imitate_own(teachers, images, groups, features):
-    """Stage 4: MSE(f_t(y)(x), f(x)), t(y) being the teacher whose subset holds class y; each image goes through its own
-    teacher only (with batch norm in train mode: every image, for the statistics; the result is that of its own).
-
-    teachers: {"t1": .., "t2": .., "t3": ..}, of head, middle and tail. groups: (B,) CPU tensor, 0 head, 1 middle,
-    2 tail."""
-    with torch.no_grad():
-        targets = torch.empty_like(features)
-        for number, name in enumerate(("t1", "t2", "t3")):
-            # The indices are found on the CPU, where the labels come from: on a GPU they would cost a wait each.
-            chosen = (groups == number).nonzero().squeeze(1).to(images.device, non_blocking=True)
-            if not len(chosen):
-                continue
-            if teachers[name].training:  # the authors' batch statistics are those of the whole batch
-                targets[chosen] = teachers[name].layer3_features(images)[chosen].to(targets.dtype)
-            else:
-                targets[chosen] = teachers[name].layer3_features(images[chosen]).to(targets.dtype)
-    return {"mse_own": feature_mse(features, targets)}
 
 
 def sums_by_class(losses, labels, num_classes):

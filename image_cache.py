@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from runtime import UserError, atomic_path
+from runtime import UserError, atomic_path, remove_partials
 
 CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the resize changes what it returns
 
@@ -68,7 +68,7 @@ class ImageCache:
 
     images: the folder of the images. samples: the [dataset.Sample] whose images to hold. folder: where the cache lies.
     name: of its file; a new cache replaces older ones of the same name and size. processes: decoders, None for one a
-    core. row_of: {relative path: row of the array}."""
+    core. row_of: {relative path: row of the array}. key: changes with every image."""
 
     def __init__(self, images, samples, size, folder, name="images", processes=None):
         where = {}
@@ -78,20 +78,24 @@ class ImageCache:
         self.row_of = {path: row for row, path in enumerate(paths)}
         key = _cache_key(images, paths, where, size)
         file = Path(folder) / f"{name}_{size}_{key}.npy"
-        if not file.exists():
-            with _locked(Path(folder)):
-                if not file.exists():  # another process may have built it meanwhile
-                    _build_cache(file, images, paths, where, size, processes)
-                    _remove_others(file, f"{name}_{size}_*.npy")
+        build_once(file, f"{name}_{size}_*.npy", lambda: _build_cache(file, images, paths, where, size, processes))
         self.array = np.load(file, mmap_mode="r")
         self.key = key
 
 
-def _remove_others(file, pattern):
-    for older in file.parent.glob(pattern):
-        if older != file:
-            with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
-                older.unlink()
+def build_once(file, replaces, build):
+    """Call `build()`, which writes `file`, unless it is there; of processes that start together one builds. Afterwards
+    the files of the folder that match the pattern `replaces` are removed, and what killed builds of them have left."""
+    if file.exists():
+        return
+    with _locked(file.parent) as locked:
+        if locked:  # so no one else is at work on what is left here
+            remove_partials(file.parent, replaces)
+        if not file.exists():  # another process may have built it meanwhile
+            build()
+            for older in set(file.parent.glob(replaces)) - {file}:
+                with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
+                    older.unlink()
 
 
 def _cache_key(images, paths, where, size):
@@ -183,17 +187,20 @@ def in_processes(function, jobs, processes=None):
 @contextlib.contextmanager
 def _locked(folder):
     """Hold an exclusive lock on `folder` (made if absent). The system drops it when the process dies, so none is ever
-    stale. Where platform or file system has no such lock, two processes may both build the cache; either is whole."""
+    stale. Yields whether platform and file system have such a lock; without, two processes may both build a cache, and
+    either is whole."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below, outside this try
     except OSError as error:
         raise UserError(f"{folder}: the image cache cannot be written here ({error.strerror})") from None
     with file:
+        locked = False
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            locked = True
+        yield locked
 
 

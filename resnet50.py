@@ -1,8 +1,11 @@
 """The one network of T2FTS: torchvision's ResNet-50 with a stem for grey images, and how weights get into it: from
 nowhere, from ImageNet, from a checkpoint of this project, or from the weights that the authors released."""
 
+import copy
+
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -31,6 +34,20 @@ class ResNet50(ResNet):
         features = self.layer3_features(images)
         pooled = torch.flatten(self.avgpool(self.layer4(features)), 1)  # (B, 2048)
         return self.fc(pooled), features
+
+
+def fold_batch_norm(network):
+    """A copy of `network` for inference alone: each batch norm, with its running statistics, is part of the convolution
+    before it. In fp32 the logits stay the same up to rounding; batch norm is about a third of the time on a CPU."""
+    network = copy.deepcopy(network).eval()
+    pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last: of a block's shortcut
+    for module in list(network.modules()):
+        for convolution, norm in pairs:
+            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
+                folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, folded)
+                setattr(module, norm, nn.Identity())
+    return network
 
 
 def read_weights(path):

@@ -9,13 +9,14 @@ the baseline. DIR/seed0/t1 and so on are the stages' folders; DIR/comparison.{tx
 import argparse
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import baseline_cl_s_weight
 import report
-from runtime import UserError, atomic_path, read_json, run_script, write_json
+from runtime import Stopped, StopSignals, UserError, atomic_path, read_json, run_script, write_json
 from settings import Settings, add_flags
 from stage import SCRIPTS
 
@@ -60,9 +61,14 @@ def stages_of(folder, init, given, yardsticks):
 
 
 def run(command, what):
-    """Run one stage as a program; raise UserError if it fails."""
+    """Run one stage as a program. Raises UserError if it fails, Stopped when a signal has ended it."""
     print(f"\n== {what}", flush=True)
-    status = subprocess.run(command).returncode
+    # Ctrl-C reaches the stage too, SIGTERM this process alone; either way the stage writes its checkpoint first.
+    with (subprocess.Popen(command) as process,
+          StopSignals(lambda number: process.terminate() if number == signal.SIGTERM else None) as signals):
+        status = process.wait()
+    if signals.received:
+        raise Stopped("stopped; the same command with --resume goes on", signals.received)
     if status:
         raise UserError(f"{what} ended with status {status}; once that is mended, go on with --resume")
 

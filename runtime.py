@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +22,17 @@ class UserError(Exception):
     expected."""
 
 
+class Stopped(Exception):
+    """The work was stopped by a signal, and what is done is kept. The message says where, and how to go on."""
+
+    def __init__(self, message, signal_number):
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
 def run_script(main):
-    """Call `main()` as a program: a `UserError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
+    """Call `main()` as a program: a `UserError` becomes one line on stderr and exit status 2, a signal 128 plus its
+    number (Ctrl-C: 130).
 
     Exits with the integer that `main` returns, if any (None counts as 0)."""
     try:
@@ -30,6 +40,9 @@ def run_script(main):
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         status = 2
+    except Stopped as stopped:
+        say(f"\n{stopped}")
+        status = stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
@@ -39,6 +52,31 @@ def run_script(main):
         os._exit(status)
     stop_processes()
     sys.exit(status)
+
+
+class StopSignals:
+    """While entered, Ctrl-C (SIGINT) and SIGTERM, with which clusters end a job, are noted in `received` (0 for none),
+    so that the work can stop where it leaves things whole. A second Ctrl-C is a KeyboardInterrupt at once.
+
+    tell: called with the number of each signal."""
+
+    def __init__(self, tell=lambda number: None):
+        self.received = 0
+        self.tell = tell
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        self.tell(number)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -62,6 +100,13 @@ def atomic_path(path):
         raise UserError(f"{path}: could not be written ({error.strerror or error}); what was there before is untouched")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partials(folder, pattern="*"):
+    """Remove the temporary files that killed processes have left of the files of `folder` that match `pattern`. Only
+    for who knows that no other process writes them."""
+    for left in Path(folder).glob(f".{pattern}.*.partial"):
+        left.unlink(missing_ok=True)
 
 
 def write_json(path, value):

@@ -52,6 +52,10 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware is fast at it",
                              choices=("auto", "fp32", "bf16"))
+    feature_cache: float = setting(0.0, "GB of disk for the teachers' features of all training images, so that the "
+                                        "teachers run once and not at every step; 0 for none", type=float)
+    compile: bool = setting(False, "compile the network: its first step takes a minute, the others less time")
+    save_steps: int = setting(0, "write last.pt every so many steps too, not only after every epoch")
     tensorboard: bool = setting(False, "also write TensorBoard events (needs the package tensorboard)")
     resume: bool = setting(False, "go on with the run in --output from its last checkpoint, if it has one")
     test_only: bool = setting(False, "train nothing: test --weights and write results.json")
@@ -61,7 +65,7 @@ class Settings:
 
 
 # Changing these does not make it another run.
-NOT_PART_OF_A_RUN = ("data_root", "output", "device", "tensorboard", "resume", "test_only", "weights",
+NOT_PART_OF_A_RUN = ("data_root", "output", "device", "save_steps", "tensorboard", "resume", "test_only", "weights",
                      "expect_accuracy")
 
 
@@ -100,7 +104,8 @@ def parse_settings(stage, settings, description, argv=None):
 def check_ranges(settings):
     """Raise UserError for the first setting that is out of its range."""
     for name, low, high in (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("image_size", 32, 4096), ("lr", 1e-12, 1e3),
-                            ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("calibration_momentum", 0, 0.9999)):
+                            ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("calibration_momentum", 0, 0.9999),
+                            ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9)):
         value = getattr(settings, name)
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")

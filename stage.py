@@ -23,12 +23,12 @@ class Stage:
     """One stage of T2FTS.
 
     name: also the name of its folder. group: the classes it is trained and tested on: `head`, `middle`, `tail`, `all`.
-    teachers: the stages that teach it. imitate: the function of `distillation` that gives the losses towards them."""
+    teachers: the stages that teach it. targets: the function of `distillation` that gives the features to imitate."""
 
     name: str
     group: str
     teachers: tuple = ()
-    imitate: Callable | None = None
+    targets: Callable | None = None
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from conftest import draw_tiny
 from PIL import Image
 
 import image_cache
-from dataset import ImageDataset, batch_loader, network_input, parse_line, read_info, read_split
+from dataset import ImageDataset, network_input, parse_line, read_info, read_split
 from image_cache import ImageCache, decode_grey, decode_square
 from runtime import UserError
 
@@ -207,9 +207,6 @@ def test_items_and_batches_agree(tiny):
     for position, index in enumerate([5, 0, 30, 5]):
         image, label = images[index]
         assert torch.equal(image, batch[position]) and label == labels[position]
-    loaded = list(batch_loader(images, [[1, 2], [3]], torch.device("cpu")))
-    assert [labels.tolist() for _, labels in loaded] == [[0, 0], [0]]
-    assert torch.equal(loaded[0][0], images.__getitems__([1, 2])[0])
 
 
 def test_network_input_scales_and_flips_each_image_by_itself():
@@ -227,19 +224,3 @@ def test_a_larger_set_costs_no_copy(tmp_path):
     root = draw_tiny(tmp_path / "t", train=[40, 30, 20, 10, 5, 5])
     cache = cache_of(root)[0]
     assert isinstance(cache.array, np.memmap) and not cache.array.flags.writeable
-
-
-def test_the_loader_draws_no_batch_ahead(tiny):
-    """Self-calibrated sampling changes its weights after each step, and the very next batch must know them."""
-    cache, _, info = cache_of(tiny)
-    drawn = []
-
-    def batches():
-        for number in range(4):
-            drawn.append(number)
-            yield [number]
-
-    for number, _ in enumerate(batch_loader(ImageDataset(cache, read_split(info, "train")), batches(),
-                                            torch.device("cpu"))):
-        assert drawn == list(range(number + 1))
-    assert len(drawn) == 4

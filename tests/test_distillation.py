@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from distillation import feature_mse, freeze, imitate_each, imitate_own, sums_by_class
+from distillation import each_teacher, feature_mse, freeze, imitate, own_teacher, sums_by_class
 from resnet50 import ResNet50
 
 
@@ -38,7 +38,7 @@ def test_feature_mse_is_fp32_under_bf16():
 def test_each_image_goes_through_its_own_teacher_only(teachers, batch):
     images, groups = batch
     features = torch.randn(7, 1024, 2, 2)
-    found = imitate_own(teachers, images, groups, features)["mse_own"]
+    found = imitate(features, own_teacher(teachers, images, groups))["mse_own"]
     for i in range(7):
         own = teachers[f"t{groups[i] + 1}"].layer3_features(images[i:i + 1])
         assert found[i].item() == pytest.approx(((own[0] - features[i]) ** 2).mean().item(), rel=1e-4)
@@ -47,14 +47,14 @@ def test_each_image_goes_through_its_own_teacher_only(teachers, batch):
 def test_a_teacher_without_an_image_is_not_called(teachers, batch, monkeypatch):
     images, _ = batch
     monkeypatch.setattr(teachers["t2"], "layer3_features", None)
-    found = imitate_own(teachers, images, torch.zeros(7, dtype=torch.int64), torch.zeros(7, 1024, 2, 2))
+    found = imitate(torch.zeros(7, 1024, 2, 2), own_teacher(teachers, images, torch.zeros(7, dtype=torch.int64)))
     assert found["mse_own"].shape == (7,)
 
 
 def test_every_teacher_sees_the_whole_batch_in_stages_2_and_3(teachers, batch):
     images, groups = batch
     features = torch.randn(7, 1024, 2, 2)
-    found = imitate_each({name: teachers[name] for name in ("t1", "t2")}, images, groups, features)
+    found = imitate(features, each_teacher({name: teachers[name] for name in ("t1", "t2")}, images, groups))
     assert set(found) == {"mse_t1", "mse_t2"}
     for name in ("t1", "t2"):
         for i in range(7):
@@ -67,14 +67,16 @@ def test_a_student_that_equals_its_teachers_loses_nothing(teachers, batch):
     with torch.no_grad():
         features = teachers["t1"].layer3_features(images)
     same = {"t1": teachers["t1"], "t2": teachers["t1"], "t3": teachers["t1"]}
-    assert imitate_own(same, images, torch.zeros(7, dtype=torch.int64), features)["mse_own"].abs().max() == 0
+    assert imitate(features, own_teacher(same, images, torch.zeros(7, dtype=torch.int64)))["mse_own"].abs().max() == 0
 
 
 def test_gradients_reach_the_student_and_never_a_teacher(teachers, batch):
     images, groups = batch
     before = {name: copy.deepcopy(teacher.state_dict()) for name, teacher in teachers.items()}
     features = torch.randn(7, 1024, 2, 2, requires_grad=True)
-    losses = {**imitate_own(teachers, images, groups, features), **imitate_each(teachers, images, groups, features)}
+    targets = {**own_teacher(teachers, images, groups), **each_teacher(teachers, images, groups)}
+    losses = imitate(features, targets)
+    assert set(losses) == {"mse_own", "mse_t1", "mse_t2", "mse_t3"}
     sum(loss.mean() for loss in losses.values()).backward()
     assert features.grad.abs().sum() > 0
     for name, teacher in teachers.items():
@@ -87,7 +89,7 @@ def test_train_mode_batch_norm_is_a_switch(batch):
     torch.manual_seed(0)
     teacher = freeze(ResNet50(6), "train")
     running = teacher.bn1.running_mean.clone()
-    imitate_each({"t1": teacher}, images, None, torch.zeros(7, 1024, 2, 2))
+    each_teacher({"t1": teacher}, images, None)
     assert teacher.training and not torch.equal(teacher.bn1.running_mean, running)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -97,18 +99,42 @@ def test_in_train_mode_the_statistics_are_those_of_the_whole_batch(batch):
     torch.manual_seed(0)
     teacher = freeze(ResNet50(6), "train")
     whole = copy.deepcopy(teacher).layer3_features(images)
-    found = imitate_own(dict.fromkeys(("t1", "t2", "t3"), teacher), images, groups, whole.detach())["mse_own"]
+    found = imitate(whole.detach(), own_teacher(dict.fromkeys(("t1", "t2", "t3"), teacher), images, groups))["mse_own"]
     assert found.max() < 1e-9
 
 
-def test_a_bf16_teacher_gives_what_autocast_gives(batch):
+def trained_looking(network):
+    """Batch norms as training leaves them, far from 1 / 0, in place."""
+    generator = torch.Generator().manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.2, 0.2),
+                                      (module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5)):
+                values.data.uniform_(low, high, generator=generator)
+    return network
+
+
+def test_a_teacher_gives_the_features_of_the_network_that_it_was(batch):
+    """Though its batch norm is folded away; in bf16 it is as near to them as the network itself under autocast."""
     images, _ = batch
     torch.manual_seed(0)
-    teacher = ResNet50(6)
-    rounded = freeze(copy.deepcopy(teacher), precision="bf16")
+    network = trained_looking(ResNet50(6)).eval()
+    with torch.no_grad():
+        exact = network.layer3_features(images)
+        assert torch.allclose(freeze(network).layer3_features(images), exact, rtol=1e-4, atol=1e-4 * exact.max())
+        with torch.autocast("cpu", torch.bfloat16):
+            usual = network.layer3_features(images)
+            teacher = freeze(network, precision="bf16").layer3_features(images)
+    assert (teacher - exact).norm() < 1.3 * (usual - exact).norm() and (usual - exact).norm() > 0
+
+
+def test_a_bf16_teacher_in_train_mode_gives_what_autocast_gives(batch):
+    images, _ = batch
+    torch.manual_seed(0)
+    network = ResNet50(6).train()
+    rounded = freeze(copy.deepcopy(network), "train", "bf16")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = teacher.eval().layer3_features(images)
-        assert torch.equal(rounded.layer3_features(images), expected)
+        assert torch.equal(rounded.layer3_features(images), network.layer3_features(images))
     assert rounded.bn1.weight.dtype == torch.float32
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from distillation import sums_by_class
 from resnet50 import ResNet50
 from settings import Settings, parse_settings
 from stage import read_lists
+from training_run import start_run
 
 STAGES = ("baseline", "t1", "t2", "t3", "student")
 
@@ -120,21 +122,13 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, t
     first = pipeline[0] / "seed0"
     flags = ["--data-root", tiny, *student_flags(first), *QUICK, "--epochs", "3"]
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "whole") == 0
+    steps_an_epoch = 7  # 52 images in batches of 8
 
-    epochs = []
-
-    def stop_in_the_third_epoch(*arguments):
-        epochs.append(1)
-        if len(epochs) == 3:
-            raise KeyboardInterrupt
-        return train_one_epoch(*arguments)
-
-    train_one_epoch = engine.train_one_epoch
-    monkeypatch.setattr(engine, "train_one_epoch", stop_in_the_third_epoch)
-    assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts") == 130
+    stop_at_step(monkeypatch, steps_an_epoch + 2, signal.SIGTERM)
+    assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
     monkeypatch.undo()
-    assert "2 of 3 epochs are kept" in capsys.readouterr().out
-    assert len(log_of(tmp_path / "parts")) == 2
+    assert f"stopped after 1 of 3 epochs and 2 of {steps_an_epoch} steps, kept in" in capsys.readouterr().out
+    assert len(log_of(tmp_path / "parts")) == 1
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts", "--resume") == 0
     whole, parts = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
@@ -150,13 +144,26 @@ def test_the_last_checkpoint_describes_itself_and_can_be_tested(pipeline, tiny, 
     assert [row["name"] for row in results["per_class"]] == ["a", "b"] and results["image_size"] == 32
 
 
+def stop_at_step(monkeypatch, number, signal_number):
+    """Send this process a signal while the step of that number, counted from 1, is computed."""
+    step_losses, steps = engine.step_losses, []
+
+    def losses_and_a_signal(*arguments):
+        steps.append(1)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal_number)
+        return step_losses(*arguments)
+
+    monkeypatch.setattr(engine, "step_losses", losses_and_a_signal)
+
+
 def test_one_student_step_is_that_of_the_paper(pipeline, tiny):
     """The losses of a batch, and the class weights after it, against a loop over its images."""
     folder = pipeline[0] / "seed0"
     flags = ["--data-root", tiny, "--output", folder / "student_again", *QUICK]
     settings, _ = parse_settings("student", baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
     device, stage = torch.device("cpu"), baseline_cl_s_weight.STAGE
-    run = engine.start_run(stage, settings, read_lists(stage, settings), device, "fp32")
+    run = start_run(stage, settings, read_lists(stage, settings), device, "fp32")
     # Drawn by the class-aware first batch of a sampler with the same seed.
     expected = ClassAwareBatchSampler(run.data.train.labels, 8, settings.seed).draw()
     batch = next(iter(run.sampler))
