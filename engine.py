@@ -132,38 +132,46 @@ def train_one_epoch(run, trained, signals):
     trained: `run.network`, or its form for training. signals: StopSignals, heeded after a step. Raises UserError at a
     loss that is not finite, Stopped when a signal has come."""
     trained.train()
-    settings, device, steps = run.settings, run.device, len(run.sampler)
-    epoch, started, unchecked = run.epoch + 1, time.perf_counter() - run.seconds, []
-    group_of_class = run.data.info.group_of_class()
+    settings, steps, unchecked = run.settings, len(run.sampler), []
+    epoch, started = run.epoch + 1, time.perf_counter() - run.seconds
     bar = tqdm(run.sampler, desc=f"{run.stage.name} {epoch}/{settings.epochs}", leave=False, initial=run.step,
                disable=rank() > 0 or None)
     for indices in bar:  # drawn when asked for and not before: the last step may have changed the sampler's weights
-        images, labels = run.data.train.__getitems__(indices)
-        # Drawn for the whole batch and then cut, so that the number of processes does not change what is flipped.
-        flip = torch.rand(settings.batch_size, generator=run.flips)[rank()::world_size()] < 0.5
-        targets = run.features.read(indices, flip) if run.features else {}
-        groups = group_of_class[labels]
-        images, labels, flip, *kept = to_device((images, labels, flip, *targets.values()), device)
-        run.optimizer.param_groups[0]["lr"] = learning_rate(settings, epoch, run.step, steps)
-        losses = step_losses(run, trained, network_input(images, flip), labels, groups,
-                             dict(zip(targets, kept, strict=True)))
-        terms = torch.stack([loss.mean() for loss in losses.values()])  # all weights are 1
-        unchecked.append(terms.detach())
-        run.loss_sums = run.loss_sums.to(device) + terms.detach()
-        run.optimizer.zero_grad(set_to_none=True)
-        terms.sum().backward()
-        run.optimizer.step()
-        if settings.sampler == "self-calibrated":
-            by_class = sum_over_processes(sums_by_class(losses["mse_own"], labels, len(run.data.info.classes)))
-            run.sampler.update(*by_class.cpu())
+        names, terms = train_step(run, trained, indices)
+        unchecked.append(terms)
+        run.loss_sums = run.loss_sums.to(run.device) + terms
         run.step += 1
-        look_around(run, tuple(losses), unchecked, signals, started)
+        look_around(run, names, unchecked, signals, started)
     means = (sum_over_processes(run.loss_sums) / world_size() / steps).tolist()
     seconds = time.perf_counter() - started
     run.step, run.loss_sums, run.seconds = 0, torch.zeros(()), 0.0
     return {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], "loss": sum(means),
-            **dict(zip(losses, means, strict=True)), "seconds": round(seconds, 3),
+            **dict(zip(names, means, strict=True)), "seconds": round(seconds, 3),
             "images_per_second": round(steps * settings.batch_size / seconds, 1)}
+
+
+def train_step(run, trained, indices):
+    """One step of a stage on training images. Returns the names of the loss terms and their values, (terms,).
+
+    trained: `run.network`, or its form for training. indices: this process's share of the batch."""
+    settings, device = run.settings, run.device
+    images, labels = run.data.train.__getitems__(indices)
+    # Drawn for the whole batch and then cut, so that the number of processes does not change what is flipped.
+    flip = torch.rand(settings.batch_size, generator=run.flips)[rank()::world_size()] < 0.5
+    targets = run.features.read(indices, flip) if run.features else {}
+    groups = run.group_of_class[labels]
+    images, labels, flip, *known = to_device((images, labels, flip, *targets.values()), device)
+    run.optimizer.param_groups[0]["lr"] = learning_rate(settings, run.epoch + 1, run.step, len(run.sampler))
+    losses = step_losses(run, trained, network_input(images, flip), labels, groups,
+                         dict(zip(targets, known, strict=True)))
+    terms = torch.stack([loss.mean() for loss in losses.values()])  # all weights are 1
+    run.optimizer.zero_grad(set_to_none=True)
+    terms.sum().backward()
+    run.optimizer.step()
+    if settings.sampler == "self-calibrated":
+        by_class = sum_over_processes(sums_by_class(losses["mse_own"], labels, len(run.group_of_class)))
+        run.sampler.update(*by_class.cpu())
+    return tuple(losses), terms.detach()
 
 
 def to_device(tensors, device):

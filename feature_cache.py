@@ -53,11 +53,11 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     file = folder / f"features_{stage.name}_{cache_key(data, weights, dtype)}.npy"
     room = min(settings.feature_cache * 1e9, shutil.disk_usage(folder).free)
     if needed > room and not file.exists():
-        say(f"note: the teachers' features of {len(data.train)} images need {needed / 1e9:.2f} GB; --feature-cache and "
-            f"the disk leave {room / 1e9:.2f}; the teachers run at every step instead")
+        say(f"note: the teachers' features of {len(data.train)} images need {needed / 1e9:.3g} GB; --feature-cache and "
+            f"the disk leave {room / 1e9:.3g}; the teachers run at every step instead")
         return None
     build_once(file, f"features_{stage.name}_*.npy", lambda: build(file, shape, compute, dtype))
-    say(f"teachers' features: {file}, {needed / 1e9:.2f} GB")
+    say(f"teachers' features: {file}, {needed / 1e9:.3g} GB")
     return FeatureCache(file, names, dtype)
 
 

@@ -9,6 +9,8 @@ import platform
 import random
 import signal
 import sys
+import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,18 +33,27 @@ class Stopped(Exception):
 
 
 def run_script(main):
-    """Call `main()` as a program: a `UserError` becomes one line on stderr and exit status 2, a signal 128 plus its
-    number (Ctrl-C: 130).
+    """Call `main()` as a program: a `UserError`, or an OSError that none foresaw (a file name too long, say), becomes
+    one line on stderr and exit status 2, a signal 128 plus its number (Ctrl-C: 130).
 
     Exits with the integer that `main` returns, if any (None counts as 0)."""
+    with contextlib.suppress(AttributeError):  # what the encoding of the output lacks is printed escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         status = 2
     except Stopped as stopped:
         say(f"\n{stopped}")
         status = stopped.status
+    except RuntimeError as error:
+        # What a rank sees of another's end: gloo says so in words, NCCL by a class of its own.
+        if not (world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))):
+            raise
+        print("error: another process of this job has ended or cannot be reached; see its own message; once that is "
+              "mended, the same command with --resume goes on", file=sys.stderr, flush=True)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
@@ -52,6 +63,14 @@ def run_script(main):
         os._exit(status)
     stop_processes()
     sys.exit(status)
+
+
+def _one_line(error):
+    """An error in one printable line: whatever a hostile file put into it, it does not steer the terminal."""
+    message = str(error)
+    if isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or message
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
 
 
 class StopSignals:
@@ -96,8 +115,9 @@ def atomic_path(path):
         with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror or error}); what was there before is untouched")
+    except (OSError, UnicodeEncodeError) as error:  # the latter: a file name that is not UTF-8, to go into a text
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: could not be written ({reason}); what was there before is untouched")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -118,11 +138,14 @@ def write_json(path, value):
 def read_json(path):
     """The JSON value in `path`. Raises UserError naming the file and line where it is absent or not JSON."""
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would be waited for
+        raise UserError(f"{path}: could not be read (not a file)")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    # A ValueError: text that is not UTF-8, or a number of more digits than Python converts.
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error})") from None
 
 
@@ -264,18 +287,24 @@ def save_checkpoint(path, checkpoint):
             try:
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+                with open(temporary, "ab") as file:
+                    file.write(bytes(1 << 20))  # on a full disk this fails, and says why
                 raise OSError(f"{str(error).splitlines()[0]}") from error
 
 
 def load_checkpoint(path):
     """The object saved in `path`, on the CPU, read with `weights_only=True`: a pickle that would run code is refused.
 
-    Raises UserError where the file is absent, truncated, or not a file of tensors and plain types."""
+    Raises UserError where the file is absent, truncated, or not a file of tensors and plain types, and for one that
+    would grow when read: torch.save never compresses, a bomb does."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        grows = _unpacked_size(path) > path.stat().st_size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damaged bytes; the error line says enough
+            checkpoint = None if grows else torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle can fail in any way at all, so anything that reading it raises means "not a checkpoint".
     except Exception as error:
         hint = "truncated, damaged, or not a file that torch wrote"
@@ -284,6 +313,17 @@ def load_checkpoint(path):
         elif "Weights only load failed" in str(error):
             hint = "holds something other than tensors and plain types; refused, as loading it could run code"
         raise UserError(f"{path}: not a usable checkpoint ({hint})") from None
+    if grows:
+        raise UserError(f"{path}: not a usable checkpoint (refused: compressed, larger inside than outside)")
+    return checkpoint
+
+
+def _unpacked_size(path):
+    """Bytes of a zip archive's entries, 0 for a file that is none."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
 
 
 def append_json_line(path, record):

@@ -48,6 +48,9 @@ class Run:
     best_accuracy: float = -1.0
     description: dict = field(default_factory=dict)  # what its checkpoints say of themselves
 
+    def __post_init__(self):
+        self.group_of_class = self.data.info.group_of_class()
+
     def state(self):
         """A dict of tensors and plain types."""
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),

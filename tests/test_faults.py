@@ -1,0 +1,127 @@
+"""What happens in real labs: a job is killed, pre-empted, or interrupted, and goes on as if nothing had been."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import QUICK, run_main
+from test_stages import log_of, stop_at_step
+
+import baseline_cl_s_weight
+import baseline_resnet50
+import engine
+import run_all
+import runtime
+from benchmarks.bench_training import save_teachers
+from benchmarks.kill_and_resume import kill_and_resume, same
+from dataset import read_info
+from runtime import StopSignals
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny, tmp_path_factory):
+    """A folder with checkpoints of random weights: baseline, t1, t2, t3."""
+    folder = tmp_path_factory.mktemp("teachers")
+    torch.manual_seed(0)
+    save_teachers(folder, read_info(tiny), 32)
+    return folder
+
+
+def test_a_student_killed_at_random_moments_ends_as_one_never_killed(tiny, teachers, tmp_path):
+    kills = 3
+    compared, identical = kill_and_resume(tmp_path, tiny, teachers, kills)
+    assert compared >= 1 and identical == compared
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_from_which_the_very_step_goes_on(tiny, tmp_path, monkeypatch, capsys, number):
+    flags = ("--data-root", tiny, "--init", "none", *QUICK)
+    stop_at_step(monkeypatch, 3, number)
+    assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b") == 128 + number
+    monkeypatch.undo()
+    said = capsys.readouterr().out
+    assert "stopped after 0 of 2 epochs and 3 of 7 steps" in said and "the same command with --resume goes on" in said
+    state = torch.load(tmp_path / "b" / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (0, 3) and not (tmp_path / "b" / "best.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    steps, step_losses = [], engine.step_losses
+    monkeypatch.setattr(engine, "step_losses", lambda *given: steps.append(1) or step_losses(*given))
+    assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b", "--resume") == 0
+    assert len(steps) == 14 - 3
+    assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "whole") == 0
+    assert same(tmp_path / "b", tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_leaves_the_test_to_the_resumed_run(tiny, tmp_path, monkeypatch, capsys):
+    flags = ("--data-root", tiny, "--init", "none", *QUICK, "--output", tmp_path / "b")
+    stop_at_step(monkeypatch, 14, signal.SIGTERM)
+    assert run_main(baseline_resnet50, *flags) == 128 + signal.SIGTERM
+    assert "stopped after 2 of 2 epochs" in capsys.readouterr().out
+    assert len(log_of(tmp_path / "b")) == 2 and not (tmp_path / "b" / "results.json").exists()
+    assert run_main(baseline_resnet50, *flags, "--resume") == 0
+    assert (tmp_path / "b" / "results.json").exists()
+
+
+def test_a_second_interrupt_is_obeyed_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
+def test_checkpoints_are_written_every_so_many_steps(tiny, tmp_path, monkeypatch):
+    written, save_checkpoint = [], runtime.save_checkpoint
+
+    def note(path, checkpoint):
+        if path.name == "last.pt":
+            written.append((checkpoint["epoch"], checkpoint["step"]))
+        save_checkpoint(path, checkpoint)
+
+    monkeypatch.setattr("training_run.save_checkpoint", note)
+    assert run_main(baseline_resnet50, "--data-root", tiny, "--init", "none", *QUICK, "--save-steps", "3", "--output",
+                    tmp_path / "b") == 0
+    assert written == [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]
+
+
+def test_run_all_waits_for_the_checkpoint_of_a_stage_that_is_stopped(tmp_path, capsys):
+    """SIGTERM reaches run_all alone; the stage, here a program that needs a moment, is told, and waited for."""
+    program = ("import signal, sys, time, pathlib\n"
+               "def stop(*_): time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('kept'); sys.exit(143)\n"
+               "signal.signal(signal.SIGTERM, stop)\n"
+               "import os; os.kill(os.getppid(), signal.SIGTERM)\n"
+               "time.sleep(30)\n")
+    with pytest.raises(runtime.Stopped, match="--resume goes on") as stopped:
+        run_all.run([os.sys.executable, "-c", program, str(tmp_path / "checkpoint")], "a stage")
+    assert stopped.value.status == 143 and (tmp_path / "checkpoint").read_text() == "kept"
+
+
+# ---- numerics --------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_and_fp32_agree_on_the_losses_of_a_step(tiny, teachers):
+    """Within 2 per cent for the terms of a student's step on the same batch; bf16 itself keeps 8 bits, 0.4 per cent."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        run = student_run(tiny, teachers, precision)
+        names, terms = engine.train_step(run, run.network.train(), next(iter(run.sampler)))
+        losses[precision] = dict(zip(names, terms.tolist(), strict=True))
+    for name, exact in losses["fp32"].items():
+        assert losses["bf16"][name] == pytest.approx(exact, rel=0.02), name
+    assert losses["fp32"] != losses["bf16"]
+
+
+def student_run(data, teachers, precision, *flags):
+    """A student's Run as its script would start it."""
+    from settings import parse_settings
+    from stage import read_lists
+    from training_run import start_run
+
+    flags = ["--data-root", data, "--output", teachers / "student", *QUICK, *flags]
+    settings, _ = parse_settings("student", baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
+    stage = baseline_cl_s_weight.STAGE
+    return start_run(stage, settings, read_lists(stage, settings), torch.device("cpu"), precision)
