@@ -27,6 +27,7 @@ SETTINGS = Settings(
     image_size=224,
     sampler="self-calibrated",  # or class-aware, shuffled
     calibration_momentum=0.0,  # above 0: weigh classes by a running loss, not by the last batch alone
+    feature_cache=0.0,  # GB of disk for the teachers' features, so that they run once and not at every step
     select="val",  # choose the best epoch on the held-out part; test is the authors' protocol
     seed=0,
 )

@@ -21,6 +21,7 @@ SETTINGS = Settings(
     schedule="steps",  # or one-cycle, for short runs
     lr_steps=(32, 62, 92),  # epochs that begin with a learning rate cut to a tenth
     image_size=224,
+    feature_cache=0.0,  # GB of disk for the teachers' features, so that they run once and not at every step
     select="val",  # choose the best epoch on the held-out part; test is the authors' protocol
     seed=0,
 )

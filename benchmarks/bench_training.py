@@ -66,15 +66,19 @@ def save_teachers(root, info, size):
         save_checkpoint(root / name / "best.pt", {"model": network.state_dict(), "description": description})
 
 
-def stage_step(name, folder, info, size, batch_size, precision, device, compiled=False):
-    """A function that does the next training step of a stage, as its script would."""
-    module = STEPS[name]
+def stage_run(module, folder, info, size, batch_size, precision, device, **more):
+    """The Run that a stage script starts, with its start and its teachers from FOLDER/runs. more: other settings."""
     settings = dataclasses.replace(
         module.SETTINGS, data_root=str(info.root), output=str(folder / "runs" / module.STAGE.name), image_size=size,
-        batch_size=batch_size, init="baseline" if module.STAGE.teachers else "none", compile=compiled,
-        feature_cache=100.0 if "kept" in name else 0.0)
+        batch_size=batch_size, init="baseline" if module.STAGE.teachers else "none", **more)
     with contextlib.redirect_stdout(io.StringIO()):
-        run = start_run(module.STAGE, settings, read_lists(module.STAGE, settings), device, precision)
+        return start_run(module.STAGE, settings, read_lists(module.STAGE, settings), device, precision)
+
+
+def stage_step(name, folder, info, size, batch_size, precision, device, compiled=False):
+    """A function that does the next training step of a stage, as its script would."""
+    run = stage_run(STEPS[name], folder, info, size, batch_size, precision, device, compile=compiled,
+                    feature_cache=100.0 if "kept" in name else 0.0)
     trained = trained_form(run).train()
     batches = (batch for _ in cycle([0]) for batch in run.sampler)
     return lambda: train_step(run, trained, next(batches))

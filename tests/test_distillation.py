@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from benchmarks import reference
 from distillation import each_teacher, feature_mse, freeze, imitate, own_teacher, sums_by_class
 from resnet50 import ResNet50
 
@@ -145,3 +147,19 @@ def test_sums_by_class_against_a_loop():
     for c in range(6):
         own = [losses[i].item() for i in range(20) if labels[i] == c]
         assert counts[c] == len(own) and sums[c].item() == pytest.approx(sum(own), abs=1e-5)
+
+
+def test_train_mode_teachers_lose_what_the_released_code_computes(batch):
+    """The whole step, image by image, every teacher on the whole batch for each, against ours with the switch for it."""
+    images, groups = batch
+    labels, group_of_class = torch.tensor([0, 5, 3, 2, 1, 4, 4]), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert group_of_class[labels].tolist() == groups.tolist()
+    torch.manual_seed(0)
+    student, *networks = (ResNet50(6).train() for _ in range(4))
+    cross_entropy, distillation = reference.student_losses(student, copy.deepcopy(networks), images, labels,
+                                                           group_of_class)
+    teachers = {f"t{number}": freeze(network, "train") for number, network in enumerate(networks, 1)}
+    logits, features = student(images)
+    ours = imitate(features, own_teacher(teachers, images, groups))["mse_own"]
+    assert torch.allclose(ours, distillation, rtol=1e-4)
+    assert torch.allclose(F.cross_entropy(logits, labels, reduction="none"), cross_entropy, rtol=1e-4)
