@@ -7,6 +7,7 @@ it."""
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from runtime import UserError, atomic_path, read_json, write_json
 
 GROUPS = ("head", "middle", "tail")
 SPLITS = ("train", "val", "test")
+LONGEST_PATH = 4096  # characters; no system opens longer ones, and to look for one takes long
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_info(root):
     """Read and check ROOT/dataset.json. Raises UserError naming what is wrong in it."""
     root = Path(root)
     path = root / "dataset.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{root}: no dataset.json here; make the data set with prepare_dataset.py, or give --data-root")
     content = read_json(path)
     if not isinstance(content, dict):
@@ -70,13 +72,15 @@ def read_info(root):
     classes, groups = content["classes"], content["groups"]
     if not classes or not all(isinstance(name, str) and name for name in classes) or len(set(classes)) < len(classes):
         raise UserError(f"{path}: 'classes' must be a list of different names, in id order")
+    if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "".join([content["name"], content["group_rule"], *classes])):
+        raise UserError(f"{path}: 'name', 'classes' and 'group_rule' must hold no control characters")
     if set(groups) != set(GROUPS) or not all(isinstance(ids, list) for ids in groups.values()):
         raise UserError(f"{path}: 'groups' must hold the lists head, middle and tail")
     ids = [class_id for group in GROUPS for class_id in groups[group]]
     if not all(type(class_id) is int for class_id in ids) or sorted(ids) != list(range(len(classes))):
         raise UserError(f"{path}: head, middle and tail must together hold each class id 0..{len(classes) - 1} once")
     images = root / content["images"]
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise UserError(f"{path}: 'images' names {images}, which is not a folder; correct it if the images have moved")
     return DatasetInfo(root, content["name"], classes, groups, content["group_rule"], images)
 
@@ -106,16 +110,16 @@ def read_list(path, num_classes):
     final line without newline is a line like any other; blank lines are skipped.
 
     Raises UserError naming file and line for a line without a label, a label outside 0..num_classes-1, or a path that
-    is absolute or climbs out of the image folder."""
+    is absolute, climbs out of the image folder, or is too long."""
     return [parse_line(line, f"{path}:{number}", num_classes) for number, line in list_lines(path)]
 
 
 def list_lines(path):
     """[(number, line)] of the lines of a list file that are not blank. Raises UserError for a file without any."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such list")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such list") from None
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -135,6 +139,8 @@ def parse_line(line, where, num_classes):
         raise UserError(f"{where}: expected a class id after the last space, found {label[:40]!r}")
     if len(label) > 9 or int(label) >= num_classes:
         raise UserError(f"{where}: label {label[:20]} is out of range; expected 0..{num_classes - 1}")
+    if len(image) > LONGEST_PATH:
+        raise UserError(f"{where}: a path of {len(image):,} characters; expected at most {LONGEST_PATH:,}")
     if ".." in PurePosixPath(image.replace("\\", "/")).parts or image[0] in "/\\" or PureWindowsPath(image).drive:
         raise UserError(f"{where}: path {image[:80]!r} leaves the image folder; expected a path inside it")
     if not image.isprintable():

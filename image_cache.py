@@ -5,8 +5,10 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import stat
 import sys
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,9 +30,13 @@ def decode_grey(path):
 
     16-bit images are scaled to 8 bits, palettes and CMYK go through RGB, an animation gives its first frame,
     transparency is dropped. Raises OSError or ValueError for what cannot be read, an image bomb among it."""
+    if not os.path.isfile(path):
+        raise OSError("not a file")  # a named pipe would be waited for
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, to be run by Ghostscript; convert it to PNG")
             image.seek(0)
             image.load()
             if image.mode == "F":
@@ -175,13 +181,25 @@ def in_processes(function, jobs, processes=None):
     with warnings.catch_warnings():
         # Python 3.12 warns that a forked child of a threaded parent may hang on a lock; these children only decode.
         warnings.simplefilter("ignore", DeprecationWarning)
-        pool = ProcessPoolExecutor(processes, mp_context=context)
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_process)
         try:
             yield from pool.map(function, jobs)
         except BrokenProcessPool:
             raise UserError("a decoding process was killed, probably for lack of memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_process():
+    """What a process of `in_processes` does first: see to it that it ends without a word at Ctrl-C, and when its parent
+    is killed; it would wait for work for ever, and hold the locks of the parent that it was forked from."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextlib.contextmanager

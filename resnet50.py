@@ -12,7 +12,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from runtime import UserError, load_checkpoint
 
 # What this project's checkpoints say of themselves, at least.
-DESCRIPTION = ("stage", "classes", "groups", "preprocessing", "epoch", "selected_on")
+DESCRIPTION = {"stage": str, "classes": list, "groups": dict, "preprocessing": dict, "epoch": int, "selected_on": str}
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 class ResNet50(ResNet):
@@ -61,11 +62,13 @@ def read_weights(path):
     description = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content, description = content["model"], content.get("description")
-        if not (isinstance(description, dict) and set(DESCRIPTION) <= set(description)):
-            description = None
+        description = description if _is_description(description) else None
     if not isinstance(content, dict) or not content or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
         raise UserError(f"{path}: not a state dict; expected names with tensors, or a checkpoint of this project")
+    for name, value in content.items():
+        if not _is_stored_whole(value):
+            raise UserError(f"{path}: {name[:80]} is no dense tensor of numbers ({value.layout}, {value.dtype})")
     state = dict(content)
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -76,17 +79,35 @@ def read_weights(path):
     return state, description
 
 
+def _is_description(value):
+    """Whether `value` is what this project's checkpoints say of themselves, each part of its kind."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in DESCRIPTION.items()):
+        return False
+    size = value["preprocessing"].get("image_size")
+    return (type(size) is int and 32 <= size <= 4096 and all(isinstance(name, str) for name in value["classes"])
+            and all(isinstance(ids, list) and all(type(each) is int for each in ids)
+                    for ids in value["groups"].values()))
+
+
+def _is_stored_whole(tensor):
+    """Whether a tensor is dense numbers, each of them in the file: neither sparse, quantised or complex, nor a few
+    numbers that claim to be many."""
+    return (tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in NUMBERS
+            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+
+
 def load_state(network, state, path):
     """Load a state dict whole into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
     expected = network.state_dict()
     classifier = state.get("fc.weight")
-    if classifier is not None and classifier.shape[:1] != expected["fc.weight"].shape[:1]:
+    if classifier is not None and classifier.ndim and classifier.shape[:1] != expected["fc.weight"].shape[:1]:
         raise UserError(f"{path}: is for {classifier.shape[0]} classes; the data set has {network.fc.out_features}")
     for complaint, names in (("lacks", [n for n in expected if n not in state]),
                              ("holds the unknown", [n for n in state if n not in expected])):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {complaint} {names[0]}{more}; expected the {len(expected)} entries of ResNet-50")
+            raise UserError(f"{path}: {complaint} {names[0][:80]}{more}; expected the {len(expected)} entries of "
+                            "ResNet-50")
     for name, value in expected.items():
         if state[name].shape != value.shape:
             raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}; expected {tuple(value.shape)}")

@@ -66,11 +66,12 @@ def run_script(main):
 
 
 def _one_line(error):
-    """An error in one printable line: whatever a hostile file put into it, it does not steer the terminal."""
+    """An error in one printable line of bounded length, whatever a hostile file has put into it."""
     message = str(error)
     if isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or message
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    return message if len(message) < 2000 else f"{message[:1000]} ... {message[-500:]}"
 
 
 class StopSignals:
@@ -310,7 +311,7 @@ def load_checkpoint(path):
         hint = "truncated, damaged, or not a file that torch wrote"
         if isinstance(error, PermissionError):
             hint = "it may not be read"
-        elif "Weights only load failed" in str(error):
+        elif "Weights only load failed" in str(error) and "Unsupported operand" not in str(error):
             hint = "holds something other than tensors and plain types; refused, as loading it could run code"
         raise UserError(f"{path}: not a usable checkpoint ({hint})") from None
     if grows:

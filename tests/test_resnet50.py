@@ -128,7 +128,8 @@ def test_imagenet_out_of_reach_says_what_to_do(monkeypatch):
 
 def test_a_checkpoint_of_this_project_brings_its_description(tmp_path):
     network = ResNet50(4)
-    description = {"stage": "t1", "classes": [], "groups": {}, "preprocessing": {}, "epoch": 3, "selected_on": "val"}
+    description = {"stage": "t1", "classes": [], "groups": {}, "preprocessing": {"image_size": 64}, "epoch": 3,
+                   "selected_on": "val"}
     torch.save({"model": network.state_dict(), "description": description}, tmp_path / "best.pt")
     state, found = read_weights(tmp_path / "best.pt")
     assert found == description and torch.equal(state["fc.bias"], network.fc.bias)
