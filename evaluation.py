@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import report
 from dataset import class_counts, network_input, read_info
+from inference import batch_size, inference_network
 from resnet50 import load_network
 from runtime import (
     UserError,
-    autocast,
     device_name,
     library_versions,
     rank,
@@ -27,42 +27,38 @@ from stage import check_classes, load_test_images, read_lists
 
 
 @torch.inference_mode()
-def evaluate(network, dataset, num_classes, device, precision, batch_size=64):
+def evaluate(network, dataset, num_classes, device, precision):
     """Confusion matrix of `network` over `dataset`, (true classes, predicted classes) int64 on the CPU.
 
-    With several processes each takes a share; every image counts once. Leaves the network in eval mode."""
-    network.eval()
+    With several processes each takes a share; every image counts once."""
+    logits_of, together = inference_network(network, device, precision), batch_size(device)
     share = range(rank(), len(dataset), world_size())
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
-    for start in range(0, len(share), batch_size):
-        images, labels = dataset.__getitems__(list(share[start:start + batch_size]))
-        with autocast(device, precision):
-            logits, _ = network(network_input(images.to(device)))
-        pairs = labels.to(device) * num_classes + logits.argmax(1)
+    for start in range(0, len(share), together):
+        images, labels = dataset.__getitems__(list(share[start:start + together]))
+        pairs = labels.to(device) * num_classes + logits_of(images).argmax(1)
         confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
     return sum_over_processes(confusion).view(num_classes, num_classes).cpu()
 
 
 @torch.inference_mode()
-def measure(network, image_size, device, precision, batch_size=8, repeats=5):
+def measure(network, image_size, device, precision, repeats=5):
     """Parameters, FLOPs of one image (2 a multiply-add, convolutions and linear layers) and the milliseconds that an
     image takes in a batch of 8 (median of 5 batches after one to warm up)."""
-    network.eval()
-    images = torch.zeros(batch_size, 1, image_size, image_size, device=device)
+    images = torch.zeros(8, 1, image_size, image_size, dtype=torch.uint8, device=device)
     with FlopCounterMode(display=False) as counter:
-        network(images[:1])
-    seconds = []
+        network.eval()(network_input(images[:1]))
+    logits_of, seconds = inference_network(network, device, precision), []
     for _ in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        with autocast(device, precision):
-            network(images)[0].float().cpu()  # the copy waits for the device
+        logits_of(images).cpu()  # the copy waits for the device
         seconds.append(time.perf_counter() - started)
     return {"parameters": sum(parameter.numel() for parameter in network.parameters()),
             "flops": counter.get_total_flops(),
-            "ms_per_image": round(1000 * sorted(seconds[1:])[repeats // 2] / batch_size, 3),
-            "ms_per_image_batch": batch_size}
+            "ms_per_image": round(1000 * sorted(seconds[1:])[repeats // 2] / len(images), 3),
+            "ms_per_image_batch": len(images)}
 
 
 def test(stage, settings, info, classes, train_labels, dataset, weights, device):

@@ -2,11 +2,13 @@
 
     python predict.py --weights runs/FGSC-23/student/best.pt photo.png folder_of_chips/
     python predict.py --weights baselinestuweight_alpha_29 list.txt --csv predictions.csv --top 5
+    python predict.py --weights runs/FGSC-23/student/best.onnx my_images/
 
 A list is a text file (.txt) with one path a line, seen from its own folder; a label after the path is ignored.
-Checkpoints of this project bring their class names and image size. Released weights of the authors have neither: files
-of 23 classes are taken for FGSC-23, of 15 for DOTA, at 224 pixels; --data-root names another data set. An image that
-cannot be read is reported and left out, and makes the exit status 1."""
+Checkpoints of this project bring their class names and image size, and so do the files that export.py made of them,
+which run here on the CPU in fp32. Released weights of the authors have neither: files of 23 classes are taken for
+FGSC-23, of 15 for DOTA, at 224 pixels; --data-root names another data set. An image that cannot be read is reported and
+left out, and makes the exit status 1."""
 
 import argparse
 import csv
@@ -17,13 +19,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dataset import list_lines, network_input, read_info
+from dataset import list_lines
 from image_cache import decode_square, in_processes, unreadable
-from published import DOTA, FGSC23
-from resnet50 import ResNet50, load_state, read_weights
-from runtime import UserError, atomic_path, autocast, resolve_device, resolve_precision, run_script, write_json
-
-CHUNK = 64  # images that are decoded, and pass through the network, together
+from inference import open_classifier
+from runtime import UserError, atomic_path, run_script, write_json
 
 
 def find_images(paths):
@@ -48,39 +47,8 @@ def find_images(paths):
     return images
 
 
-def load_classifier(weights, data_root=None):
-    """(network in eval mode, class names, image size) of a checkpoint or released weights."""
-    state, description = read_weights(weights)
-    if getattr(state.get("fc.bias"), "ndim", 0) != 1:
-        raise UserError(f"{weights}: lacks fc.bias; expected the weights of a ResNet-50")
-    network = ResNet50(len(state["fc.bias"]))
-    load_state(network, state, weights)
-    size = description["preprocessing"]["image_size"] if description else 224
-    return network.eval(), class_names(description, network.fc.out_features, data_root, weights), size
-
-
-def class_names(description, num_classes, data_root, weights):
-    """The names of the network's classes, from --data-root, the checkpoint, or the published data sets."""
-    if data_root:
-        classes = read_info(data_root).classes
-        if description and description["classes"] != classes:
-            raise UserError(f"{weights}: was trained for other classes than those of {data_root}")
-    elif description:
-        classes = description["classes"]
-    else:
-        published = {len(data["classes"]): data for data in (FGSC23, DOTA)}.get(num_classes)
-        if not published:
-            raise UserError(f"{weights}: holds no class names; give the data set it was trained on with --data-root")
-        print(f"note: {weights} holds no class names; taken for {published['name']}, as it has {num_classes} classes",
-              file=sys.stderr)
-        classes = published["classes"]
-    if len(classes) != num_classes:
-        raise UserError(f"{weights}: is for {num_classes} classes; {data_root} has {len(classes)}")
-    return classes
-
-
-def _decode(job):
-    """[(uint8 array or None, what is wrong or None)] of a chunk of files."""
+def decode(job):
+    """[((size, size) uint8 array or None, what is wrong or None)] of a job (files, size)."""
     files, size = job
     decoded = []
     for file in files:
@@ -91,20 +59,19 @@ def _decode(job):
     return decoded
 
 
-@torch.inference_mode()
-def predict(network, files, size, top, device, precision):
+def predict(classifier, files, top):
     """Yield (file, [(class id, probability), ...] or None, what is wrong or None) for each file, in order.
 
-    top: how many classes, the likeliest first."""
-    chunks = [files[start:start + CHUNK] for start in range(0, len(files), CHUNK)]
-    for chunk, decoded in zip(chunks, in_processes(_decode, [(chunk, size) for chunk in chunks]), strict=True):
+    classifier: an `inference.Classifier`. top: how many classes, the likeliest first."""
+    together = classifier.batch_size
+    chunks = [files[start:start + together] for start in range(0, len(files), together)]
+    jobs = [(chunk, classifier.image_size) for chunk in chunks]
+    for chunk, decoded in zip(chunks, in_processes(decode, jobs), strict=True):
         readable = [torch.from_numpy(image.copy()) for image, _ in decoded if image is not None]
         ranked = iter(())
         if readable:
-            images = torch.stack(readable).unsqueeze(1).to(device)  # (B, 1, size, size)
-            with autocast(device, precision):
-                logits, _ = network(network_input(images))
-            probabilities, ids = logits.float().softmax(1).topk(top)
+            logits = classifier.logits_of(torch.stack(readable).unsqueeze(1))  # (readable images, classes)
+            probabilities, ids = logits.softmax(1).topk(top)
             ranked = zip(ids.tolist(), probabilities.tolist(), strict=True)
         for file, (_, reason) in zip(chunk, decoded, strict=True):
             yield file, None if reason else list(zip(*next(ranked), strict=True)), reason
@@ -126,7 +93,8 @@ def write_csv(path, rows, top):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
-    parser.add_argument("--weights", required=True, help="checkpoint of this project, or released weights")
+    parser.add_argument("--weights", required=True, help="checkpoint of this project, released weights, or a file that "
+                        "export.py made of them (.onnx, .pt2)")
     parser.add_argument("--csv", metavar="FILE", help="also write path, class, probability, ... of each image")
     parser.add_argument("--json", metavar="FILE", help="also write all predictions, and what could not be read")
     parser.add_argument("--data-root", help="data set whose class names to use, for weights that hold none")
@@ -138,13 +106,10 @@ def main(argv=None):
     if args.top < 1 or not 32 <= (args.image_size or 32) <= 4096:
         raise UserError("--top must be at least 1 and --image-size 32 to 4096")
 
-    device = resolve_device(args.device)
-    precision = resolve_precision(args.precision, device)
-    network, classes, size = load_classifier(args.weights, args.data_root)
-    network.to(device, memory_format=torch.channels_last)
+    classifier = open_classifier(args.weights, args.data_root, args.image_size, args.device, args.precision)
+    classes = classifier.classes
     top, rows = min(args.top, len(classes)), []
-    files = find_images(args.images)
-    for file, ranked, reason in predict(network, files, args.image_size or size, top, device, precision):
+    for file, ranked, reason in predict(classifier, find_images(args.images), top):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})

@@ -10,6 +10,7 @@ is installed (requirements-export.txt). Beside the time stands how many images g
 network, and the largest difference of a logit in per cent of the largest logit."""
 
 import importlib.util
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -43,12 +44,13 @@ def compiled(network, device, precision):
     return plain(folded, device, precision)
 
 
-def onnx_runtime(weights, images, folder):
-    """The network as export.py writes it to ONNX, run by ONNX Runtime in fp32 on the CPU; None where it is absent."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        return None
-    path = export.export_onnx(weights, images, folder)
-    return read_exported(path)[0]
+def onnx_runtime(network, description):
+    """The network as export.py writes it to ONNX, run by ONNX Runtime in fp32 on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        program = export.trace(network, description["preprocessing"]["image_size"])
+        path.write_bytes(export.onnx_bytes(program, json.dumps(description)))
+        return read_exported(path)[0]
 
 
 def seconds_to_compile(logits_of, images):
@@ -79,25 +81,23 @@ def main():
     device = set_up(args)
     network, description = load_classifier(args.weights, args.data_root)
     size = description["preprocessing"]["image_size"]
+    runs_onnx = "onnx" not in args.skip and importlib.util.find_spec("onnxruntime")
+    ways = {"ONNX Runtime fp32": onnx_runtime(network, description)} if runs_onnx else {}
     network.to(device, memory_format=torch.channels_last)
     files = find_images(args.images)[:512]
     images = torch.stack([torch.from_numpy(decode_square(file, size).copy()) for file in files]).unsqueeze(1)
     if len(images) < max(args.batch_sizes):
         raise UserError(f"{len(images)} images; expected at least {max(args.batch_sizes)}, the largest batch")
-    ways = {f"plain {precision}": plain(network, device, precision) for precision in ("fp32", "bf16")}
+    ways |= {f"plain {precision}": plain(network, device, precision) for precision in ("fp32", "bf16")}
     ways |= {f"folded {precision}": inference_network(network, device, precision) for precision in ("fp32", "bf16")}
     if "compiled" not in args.skip:
         ways |= {f"compiled {precision}": compiled(network, device, precision) for precision in ("fp32", "bf16")}
-    with tempfile.TemporaryDirectory() as folder:
-        runtime = None if "onnx" in args.skip else onnx_runtime(args.weights, files, Path(folder))
-        if runtime:
-            ways["ONNX Runtime fp32"] = runtime
-        first = {name: {batch: seconds_to_compile(logits_of, images[:batch]) for batch in args.batch_sizes}
-                 for name, logits_of in ways.items() if "compiled" in name}
-        seconds = {batch: interleaved({name: (lambda f=logits_of, b=batch: f(images[:b]).cpu())
-                                       for name, logits_of in ways.items()}, args.repeats, device)
-                   for batch in args.batch_sizes}
-        agreement = compare(ways, images, torch.cat([ways["plain fp32"](part) for part in images.split(8)]).cpu())
+    first = {name: {batch: seconds_to_compile(logits_of, images[:batch]) for batch in args.batch_sizes}
+             for name, logits_of in ways.items() if "compiled" in name}
+    seconds = {batch: interleaved({name: (lambda f=logits_of, b=batch: f(images[:b]).cpu())
+                                   for name, logits_of in ways.items()}, args.repeats, device)
+               for batch in args.batch_sizes}
+    agreement = compare(ways, images, torch.cat([ways["plain fp32"](part) for part in images.split(8)]).cpu())
     rows = []
     for name in ways:
         times = {f"ms an image, batch {batch}": round(1000 * seconds[batch][name] / batch, 1) for batch in seconds}

@@ -150,7 +150,7 @@ def test_sums_by_class_against_a_loop():
 
 
 def test_train_mode_teachers_lose_what_the_released_code_computes(batch):
-    """The whole step, image by image, every teacher on the whole batch for each, against ours with the switch for it."""
+    """Image by image, every teacher on the whole batch for each, against ours with the switch for it."""
     images, groups = batch
     labels, group_of_class = torch.tensor([0, 5, 3, 2, 1, 4, 4]), torch.tensor([0, 0, 1, 1, 2, 2])
     assert group_of_class[labels].tolist() == groups.tolist()
