@@ -9,7 +9,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -141,7 +141,7 @@ def parse_line(line, where, num_classes):
         raise UserError(f"{where}: label {label[:20]} is out of range; expected 0..{num_classes - 1}")
     if len(image) > LONGEST_PATH:
         raise UserError(f"{where}: a path of {len(image):,} characters; expected at most {LONGEST_PATH:,}")
-    if ".." in PurePosixPath(image.replace("\\", "/")).parts or image[0] in "/\\" or PureWindowsPath(image).drive:
+    if ".." in image.replace("\\", "/").split("/") or image[0] in "/\\" or re.match("[A-Za-z]:", image):
         raise UserError(f"{where}: path {image[:80]!r} leaves the image folder; expected a path inside it")
     if not image.isprintable():
         raise UserError(f"{where}: path {image[:80]!r} holds unprintable characters")

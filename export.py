@@ -4,8 +4,8 @@
     python export.py program --weights runs/FGSC-23/student/best.pt my_images/
     python export.py publish --weights runs/FGSC-23/student/best.pt --output published/
 
-`onnx` and `program` write NAME.onnx or NAME.pt2, one file that holds weights, class names, groups and preprocessing. It
-takes `images`, any number of grey squares as bytes (batch, 1, size, size), scales them inside, and gives `logits`
+`onnx` and `program` write NAME.onnx or NAME.pt2, one file that holds weights, class names, groups and preprocessing.
+It takes `images`, any number of grey squares as bytes (batch, 1, size, size), scales them inside, and gives `logits`
 (batch, classes). It is kept only if it agrees with the network on your images. `onnx` needs the packages of
 requirements-export.txt.
 
@@ -28,7 +28,7 @@ from predict import decode, find_images
 from resnet50 import fold_batch_norm
 from runtime import UserError, atomic_path, run_script, sha256_of
 
-LIMIT = 1e-4  # of the largest logit: how far an exported file may be from the network; rounding alone makes about 1e-6
+LIMIT = 1e-4  # of the largest logit: how far an exported file may be from the network; rounding makes about 1e-6
 CHECKED = 64  # images to compare on, at most
 
 
@@ -77,11 +77,11 @@ def without_paths(description):
     if "settings" not in description:
         return description
     settings = {name: value for name, value in description["settings"].items()
-                if name not in ("t1", "t2", "t3") and (name != "init" or value in ("none", "imagenet", "baseline"))}
+                if name not in ("t1", "t2", "t3", "init") or value in ("none", "imagenet", "baseline")}
     return {**description, "settings": settings}
 
 
-# ---- the check -------------------------------------------------------------------------------------------------------
+# ---- the check -----------------------------------------------------------------------------------------------------
 
 
 def read_images(files, size):
@@ -103,10 +103,10 @@ def batches(images):
 
 @torch.inference_mode()
 def compare(network, logits_of, images, path):
-    """In words, how near the logits of an exported file are to those of the network. Raises UserError where they differ
-    by more than LIMIT times the largest logit, or name another class.
+    """In words, how near the logits of an exported file are to those of the network. Raises UserError where they
+    differ by more than LIMIT times the largest logit, or name another class.
 
-    logits_of: the exported file as a function. images: (N, 1, size, size) uint8. path: of the file, for the message."""
+    logits_of: the exported file as a function. images: (N, 1, size, size) uint8. path: the file's, for messages."""
     parts = batches(images)
     expected = torch.cat([network(network_input(part))[0] for part in parts])  # (N, classes)
     found = torch.cat([logits_of(part) for part in parts])
@@ -118,12 +118,12 @@ def compare(network, logits_of, images, path):
     sizes = ", ".join(str(size) for size in sorted({len(part) for part in parts}))
     said = (f"{len(images)} images in batches of {sizes}: the largest difference is {difference:.1e} of the largest "
             f"logit (limit {LIMIT:.0e})")
-    if not difference <= LIMIT or others:  # a difference that is not a number is one, too
-        raise UserError(f"{path}: not written, as it disagrees with the network on {said}; another class for {others}")
-    return f"agrees with the network on {said}, and every image has the same class"
+    if others or not difference <= LIMIT:  # not "difference > LIMIT": it may be no number
+        raise UserError(f"{path}: not written: it disagrees with the network on {said}; another class for {others}")
+    return f"agrees with the network on {said}, and the likeliest classes are the same"
 
 
-# ---- the program -----------------------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------------------------
 
 
 def export(args):

@@ -1,9 +1,9 @@
-"""What export.py writes, read back: an ONNX file or a torch.export program as a function from images to logits, and its
-description.
+"""What export.py writes, read back: an ONNX file or a torch.export program as a function from images to logits, and
+its description.
 
-To read a file must not run code, whoever sent it. An ONNX file holds none. `torch.export.load` does run what a program
-brings (pickles, compiled libraries, expressions that are evaluated), so torch is given a copy of those parts alone that
-a program of this project has, after a look at each."""
+To read a file must not run code, whoever sent it. An ONNX file holds none. `torch.export.load` does run what a
+program brings (pickles, compiled libraries, expressions that are evaluated), so torch is given a copy of those parts
+alone that a program of this project has, after a look at each."""
 
 import importlib.util
 import io
@@ -65,7 +65,7 @@ def require_torch():
                         "pip install --upgrade torch torchvision")
 
 
-# ---- ONNX ------------------------------------------------------------------------------------------------------------
+# ---- ONNX ----------------------------------------------------------------------------------------------------------
 
 
 def _read_onnx(path):
@@ -84,7 +84,7 @@ def _read_onnx(path):
     return logits_of, description
 
 
-# ---- torch.export ----------------------------------------------------------------------------------------------------
+# ---- torch.export --------------------------------------------------------------------------------------------------
 
 # The files of a program's archive: weights are plain bytes, the rest is JSON, but for the example inputs, a pickle.
 RECORDS = re.compile(r"archive/(archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
@@ -127,8 +127,8 @@ def _read_program(path):
 
 
 def _check_harmless(value):
-    """Raise ValueError for a part of a program's JSON that could make `torch.export.load`, or the program, run what is
-    no operator of a network."""
+    """Raise ValueError for a part of a program's JSON that could make `torch.export.load`, or the program, run what
+    is no operator of a network."""
     if isinstance(value, dict):
         if value.get("use_pickle"):
             raise ValueError("it holds a pickle")

@@ -164,7 +164,7 @@ def _fill_cache(job):
             return (path, unreadable(error)), number
     with open(file, "r+b") as whole:
         whole.seek(offset + rows.start * size * size)
-        whole.write(block.tobytes())
+        whole.write(block)
     return (None, None), len(rows)
 
 

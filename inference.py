@@ -1,5 +1,5 @@
-"""Networks that only answer: checkpoints, released weights and exported files, each as one function from grey images to
-logits, as fast as was measured, with the names of its classes."""
+"""Networks that only answer: checkpoints, released weights and exported files, each as one function from grey images
+to logits, in the way that was measured to be fast, with the names of its classes."""
 
 import sys
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from published import DOTA, FGSC23
 from resnet50 import ResNet50, fold_batch_norm, load_state, read_weights
 from runtime import UserError, resolve_device, resolve_precision
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
+# ---- speed ---------------------------------------------------------------------------------------------------------
 
 
 def batch_size(device):
-    """How many images to pass through a network together. On a CPU the features of more leave the caches: 64 take up to
-    twice as long an image as 8 or 16."""
+    """How many images to pass through a network together. On a CPU the features of more do not fit the caches: with
+    64 an image takes up to twice as long as with 8 or 16."""
     return 16 if device.type == "cpu" else 64
 
 
 def inference_network(network, device, precision):
     """A function from images (B, 1, H, W) uint8, on any device, to logits (B, classes) fp32 on `device`.
 
-    It holds a copy of `network`, in eval mode, with batch norm folded, and for bf16 cast as a whole: the logits are as
-    near to those of fp32 as with autocast, which casts the weights anew for every batch."""
+    It holds a copy of `network`, in eval mode, with batch norm folded, and for bf16 cast as a whole: its logits are
+    as near to those of fp32 as with autocast, which casts the weights anew for every batch."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     folded = fold_batch_norm(network).to(device, dtype, memory_format=torch.channels_last)
 
@@ -38,7 +38,7 @@ def inference_network(network, device, precision):
     return logits_of
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 class Classifier(NamedTuple):
@@ -111,7 +111,7 @@ def describe_released(num_classes, data_root, weights):
 
 
 def check_class_names(description, num_classes, data_root, path):
-    """Raise UserError unless a description names as many classes as the network has, those of --data-root if given."""
+    """Raise UserError unless a description names as many classes as the network has, and those of --data-root."""
     if data_root and read_info(data_root).classes != description["classes"]:
         raise UserError(f"{path}: was trained for other classes than those of {data_root}")
     if len(description["classes"]) != num_classes:

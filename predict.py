@@ -7,8 +7,8 @@
 A list is a text file (.txt) with one path a line, seen from its own folder; a label after the path is ignored.
 Checkpoints of this project bring their class names and image size, and so do the files that export.py made of them,
 which run here on the CPU in fp32. Released weights of the authors have neither: files of 23 classes are taken for
-FGSC-23, of 15 for DOTA, at 224 pixels; --data-root names another data set. An image that cannot be read is reported and
-left out, and makes the exit status 1."""
+FGSC-23, of 15 for DOTA, at 224 pixels; --data-root names another data set. An image that cannot be read is reported
+and left out, and makes the exit status 1."""
 
 import argparse
 import csv
@@ -26,8 +26,8 @@ from runtime import UserError, atomic_path, run_script, write_json
 
 
 def find_images(paths):
-    """Every image among `paths` in a stable order: files, folders searched through, lists (.txt). Raises UserError for
-    a path that does not exist or if there is no image at all."""
+    """Every image among `paths` in a stable order: files, folders searched through, lists (.txt). Raises UserError
+    for a path that does not exist or if there is no image at all."""
     suffixes = tuple(Image.registered_extensions())
     images = []
     for path in map(Path, paths):
@@ -93,8 +93,8 @@ def write_csv(path, rows, top):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
-    parser.add_argument("--weights", required=True, help="checkpoint of this project, released weights, or a file that "
-                        "export.py made of them (.onnx, .pt2)")
+    parser.add_argument("--weights", required=True, help="checkpoint of this project, released weights, or a "
+                        "file that export.py made of them (.onnx, .pt2)")
     parser.add_argument("--csv", metavar="FILE", help="also write path, class, probability, ... of each image")
     parser.add_argument("--json", metavar="FILE", help="also write all predictions, and what could not be read")
     parser.add_argument("--data-root", help="data set whose class names to use, for weights that hold none")
