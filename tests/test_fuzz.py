@@ -14,7 +14,6 @@ import unicodedata
 import warnings
 import zipfile
 from datetime import timedelta
-from pathlib import PureWindowsPath
 
 import pytest
 import torch
@@ -112,7 +111,7 @@ labels = st.one_of(st.integers(-3, 9).map(str), odd_labels)
 lines = st.one_of(st.tuples(paths, st.sampled_from([" ", "  ", "\t", "\u3000", ""]), labels).map("".join),
                   st.tuples(paths, st.integers(0, 4)).map("{0[0]} {0[1]}".format), st.just("a/" * 40_000 + "b.png 1"))
 endings = st.sampled_from(["\n", "\r\n", "\r", "\n\n", "\u2028", "\x0c", "\x00"])
-# Encodings, and what becomes of what they have no bytes for; twice the usual one.
+# An encoding, and what becomes of characters that it has no bytes for.
 encodings = st.sampled_from([
     ("utf-8", "replace"), ("utf-8", "ignore"), ("utf-8-sig", "ignore"), ("latin-1", "ignore"),
     *((name, "surrogatepass") for name in ("utf-8", "utf-8-sig", "utf-16", "utf-32"))])
@@ -132,7 +131,7 @@ def test_a_list_of_garbage_is_samples_or_one_line(folder, content):
         assert sample.path.isprintable() and len(sample.path) <= 4096 and sample.label in range(5)
         inside = os.path.normpath(folder / sample.path)
         assert inside == str(folder) or inside.startswith(str(folder) + os.sep)
-        assert ".." not in re.split(r"[/\\]", sample.path) and not PureWindowsPath(sample.path).anchor
+        assert ".." not in re.split(r"[/\\]", sample.path) and not re.match(r"[/\\]|[A-Za-z]:", sample.path)
         assert sample.where.startswith(f"{folder / 'train.txt'}:")
 
 
