@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from runtime import UserError
+from resnet50 import is_description
+from runtime import UserError, unpacked_size
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "description.json"  # a program's file of that name; the key of an ONNX file's metadata
@@ -45,9 +46,10 @@ def read_exported(path, suffix=None):
 
 def _check_that_it_works(logits_of, description):
     """Raise an exception unless two grey squares give two rows of logits, as long as there are class names."""
+    if not is_description(description):
+        raise ValueError("its description is not one of this project")
     size, classes = description["preprocessing"]["image_size"], description["classes"]
-    logits = logits_of(torch.zeros(2, 1, size, size, dtype=torch.uint8))
-    if not all(isinstance(name, str) for name in classes) or logits.shape != (2, len(classes)):
+    if logits_of(torch.zeros(2, 1, size, size, dtype=torch.uint8)).shape != (2, len(classes)):
         raise ValueError("its logits do not fit its class names")
 
 
@@ -102,6 +104,8 @@ STRINGS = re.compile(r"""[\w.+]*|Symbol\('s\d+'(, \w+=True)*\)|"""
 
 def _read_program(path):
     require_torch()
+    if unpacked_size(path) > path.stat().st_size:
+        raise ValueError("it is compressed, and larger inside than outside")
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     description = json.loads(records.pop(f"archive/extra/{METADATA}"))

@@ -82,9 +82,10 @@ def load_classifier(weights, data_root=None, image_size=None):
     """(network in eval mode on the CPU, description) of a checkpoint or released weights; arguments as in
     `open_classifier`. Of weights that bring no description it says what is known."""
     state, description = read_weights(weights)
-    if getattr(state.get("fc.bias"), "ndim", 0) != 1:
-        raise UserError(f"{weights}: lacks fc.bias; expected the weights of a ResNet-50")
-    num_classes = len(state["fc.bias"])
+    classifier = state.get("fc.weight", torch.empty(0))
+    if classifier.ndim != 2 or classifier.shape[1] != 2048 or not len(classifier):
+        raise UserError(f"{weights}: lacks fc.weight, (classes, 2048); expected the weights of a ResNet-50")
+    num_classes = len(classifier)
     network = ResNet50(num_classes)
     load_state(network, state, weights)
     description = description or describe_released(num_classes, data_root, weights)

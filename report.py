@@ -1,12 +1,11 @@
 """What people read: accuracies by class and group, `results.json`, the authors' text form, tables and pictures."""
 
-import json
 import math
 from pathlib import Path
 from statistics import mean, stdev
 
 from dataset import GROUPS
-from runtime import atomic_path, say, write_json
+from runtime import atomic_path, read_json_lines, say, write_json
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
@@ -208,16 +207,18 @@ def draw_confusion(results, path):
 
 
 def draw_curves(folder):
-    """curves.png from log.jsonl: loss terms, and the accuracy that the best epoch was chosen by."""
-    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    epochs = [record["epoch"] for record in records]
+    """curves.png from log.jsonl, if it is there: loss terms, and the accuracy that the best epoch was chosen by."""
+    records = read_json_lines(Path(folder) / "log.jsonl")
+    if not records:
+        return
+    epochs = [record.get("epoch", math.nan) for record in records]
     figure = _figure(9, 3.6)
     losses, accuracy = figure.subplots(1, 2)
     for name in records[0]:
         if name == "loss" or name == "cross_entropy" or name.startswith("mse_"):
-            losses.plot(epochs, [record[name] for record in records], label=name)
+            losses.plot(epochs, [record.get(name, math.nan) for record in records], label=name)
         elif name.endswith("_accuracy"):
-            accuracy.plot(epochs, [100 * record[name] for record in records], label=name)
+            accuracy.plot(epochs, [100 * record.get(name, math.nan) for record in records], label=name)
     losses.set_yscale("log")
     losses.set_ylabel("mean over the epoch")
     accuracy.set_ylabel("per cent")

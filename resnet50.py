@@ -62,7 +62,7 @@ def read_weights(path):
     description = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content, description = content["model"], content.get("description")
-        description = description if _is_description(description) else None
+        description = description if is_description(description) else None
     if not isinstance(content, dict) or not content or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
         raise UserError(f"{path}: not a state dict; expected names with tensors, or a checkpoint of this project")
@@ -79,7 +79,7 @@ def read_weights(path):
     return state, description
 
 
-def _is_description(value):
+def is_description(value):
     """Whether `value` is what this project's checkpoints say of themselves, each part of its kind."""
     if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in DESCRIPTION.items()):
         return False

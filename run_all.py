@@ -90,8 +90,17 @@ def main(argv=None):
             flags = as_flags({**given, **own, "seed": seed, "output": folder / name})
             run([sys.executable, str(here / SCRIPTS[stage]), *flags], f"{name}, seed {seed}")
             if name in runs:
-                runs[name].append(read_json(folder / name / "results.json"))
+                runs[name].append(read_results(folder / name / "results.json"))
     return compare(output, runs, seeds)
+
+
+def read_results(path):
+    """The results of a stage. Raises UserError for a file that is not its results."""
+    results = read_json(path)
+    for key in ("dataset", "images", "image_size", "selected_on", "device", "overall", "per_class"):
+        if not isinstance(results, dict) or key not in results:
+            raise UserError(f"{path}: holds no results of a stage ({key!r} is missing); remove it to test again")
+    return results
 
 
 def compare(output, runs, seeds):

@@ -302,7 +302,7 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
-        grows = _unpacked_size(path) > path.stat().st_size
+        grows = unpacked_size(path) > path.stat().st_size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged bytes; the error line says enough
             checkpoint = None if grows else torch.load(path, map_location="cpu", weights_only=True)
@@ -319,12 +319,29 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def _unpacked_size(path):
+def unpacked_size(path):
     """Bytes of a zip archive's entries, 0 for a file that is none."""
     if not zipfile.is_zipfile(path):
         return 0
     with zipfile.ZipFile(path) as archive:
         return sum(entry.file_size for entry in archive.infolist())
+
+
+def read_json_lines(path, count=None):
+    """The objects in the first `count` lines (None: in all) of a file that `append_json_line` wrote; none of an absent
+    one. Raises UserError naming file and line for anything else."""
+    values = []
+    if not os.path.exists(path):
+        return values
+    for number, line in enumerate(Path(path).read_bytes().splitlines()[:count], 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; remove the file to go on without the log so far")
+        values.append(value)
+    return values
 
 
 def append_json_line(path, record):

@@ -1,5 +1,6 @@
 """One training run: everything it holds, how it starts or is resumed, and what its checkpoints hold."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from runtime import (
     library_versions,
     load_checkpoint,
     rank,
+    read_json_lines,
     save_checkpoint,
     say,
     sum_over_processes,
@@ -60,7 +62,11 @@ class Run:
                 "best_accuracy": self.best_accuracy}
 
     def restore(self, state):
-        """Go on where the run that gave `state` stood."""
+        """Go on where the run that gave `state` stood. Raises an exception of any kind for what is no such state."""
+        # Network and optimizer look for themselves.
+        check_alike(state, {name: value for name, value in self.state().items() if name not in ("model", "optimizer")})
+        if not (0 <= state["epoch"] <= self.settings.epochs and 0 <= state["step"] < len(self.sampler)):
+            raise ValueError(f"epoch {state['epoch']} and step {state['step']} are not of this run")
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
@@ -76,20 +82,19 @@ def start_run(stage, settings, lists, device, precision):
 
     lists: what `read_lists` returned."""
     init, weights = initial_weights(stage, settings), teacher_weights(stage, settings)
-    data = load_data(*lists, settings)
-    num_classes = len(data.info.classes)
-    teachers = {name: load_teacher(name, path, settings, data.info, device, precision)
-                for name, path in weights.items()}
-    features = open_feature_cache(stage, settings, data, teachers, weights, device, precision)
-    sampler = make_sampler(stage, settings, data.train, num_classes)
-    network = ResNet50(num_classes)
+    info = lists[0]
+    teachers = {name: load_teacher(name, path, settings, info, device, precision) for name, path in weights.items()}
+    network = ResNet50(len(info.classes))
     last = Path(settings.output) / "last.pt"
     resumed = settings.resume and last.exists()
     if not resumed:
         said, description = initialise(network, init)
         if description:
-            check_classes(description, data.info, init)
+            check_classes(description, info, init)
         say(f"initialised: {said}")
+    data = load_data(*lists, settings)
+    features = open_feature_cache(stage, settings, data, teachers, weights, device, precision)
+    sampler = make_sampler(stage, settings, data.train, len(info.classes))
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum,
                                 weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
@@ -98,13 +103,25 @@ def start_run(stage, settings, lists, device, precision):
     if resumed:
         try:
             run.restore(load_checkpoint(last))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged state can make a load_state_dict raise anything
             raise UserError(f"{last}: not a checkpoint that this run can go on from ({error})") from None
     if settings.resume:
         trim_log(last.with_name("log.jsonl"), run.epoch)
     if resumed:
         say(f"resumed: {last}, {progress(run)} done")
     return run
+
+
+def check_alike(found, expected, name="the checkpoint"):
+    """Raise TypeError where `found` lacks a part of `expected`, or has one of another kind."""
+    if type(found) is not type(expected) or getattr(found, "dtype", None) != getattr(expected, "dtype", None):
+        raise TypeError(f"{name} is not a {type(expected).__name__} as it should be")
+    for key, value in expected.items() if isinstance(expected, dict) else ():
+        if key not in found:
+            raise TypeError(f"{name} lacks {key!r}")
+        check_alike(found[key], value, key)
 
 
 def progress(run):
@@ -145,9 +162,9 @@ def describe_run(run, mine):
 def trim_log(path, epochs):
     """Drop the lines of epochs that the checkpoint to resume from does not hold."""
     if rank() == 0 and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = read_json_lines(path, epochs)
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(lines[:epochs]), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def save_last(run):
@@ -155,7 +172,8 @@ def save_last(run):
     share_buffers(run.network)
     if world_size() > 1:  # the checkpoint is the first process's: what it holds must be that of all
         run.loss_sums = sum_over_processes(run.loss_sums.to(run.device)) / world_size()
-    save_checkpoint(Path(run.settings.output) / "last.pt", {**run.state(), "description": run.description})
+    save_checkpoint(Path(run.settings.output) / "last.pt", {
+        **run.state(), "description": {**run.description, "epoch": run.epoch}})
 
 
 def share_buffers(network):

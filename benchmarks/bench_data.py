@@ -269,7 +269,7 @@ def page_cache(array):
 
 def main():
     """Draw what is missing, measure, print and write."""
-    flags = parser(__doc__, "bench_data")
+    flags = parser(__doc__, "data")
     flags.add_argument("--images", type=int, default=sum(DOTA["train"]), help="chips to draw (default %(default)s)")
     flags.add_argument("--folder", default="data/bench", help="where they go, in a folder of their number")
     flags.add_argument("--since", type=float, help="for the processes that this program starts")

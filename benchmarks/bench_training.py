@@ -25,7 +25,7 @@ import baseline_cl_t2
 import baseline_cl_t3
 import baseline_resnet50
 from benchmarks import reference
-from benchmarks.common import finish, interleaved, parser, set_up
+from benchmarks.common import finish, interleaved, parser, print_table, set_up
 from dataset import DatasetInfo, describe, read_split, write_dataset
 from engine import train_step, trained_form
 from published import FGSC23
@@ -147,8 +147,9 @@ def main():
                 rows += measure(folder, info, args.image_size, batch_size, resolve_precision(precision, device), device,
                                 args.repeats, args.compile)
         released = compare_with_released(folder, info, args.image_size, device, min(args.repeats, 3), rows)
-    finish(args, device, "one training step", rows)
-    finish(args, device, "against the released code", released, steps=rows)
+    print("\nagainst the released code")
+    print_table(released)
+    finish(args, device, f"one training step, {args.image_size}x{args.image_size}", rows, released=released)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,21 @@ def batch():
 def test_feature_mse_golden():
     features = torch.tensor([[[[0.0, 0.0], [0.0, 0.0]]], [[[1.0, 2.0], [3.0, 4.0]]]])
     teacher = torch.tensor([[[[1.0, 1.0], [1.0, 3.0]]], [[[1.0, 2.0], [3.0, 6.0]]]])
-    assert feature_mse(features, teacher).tolist() == [3.0, 1.0]
-    assert feature_mse(features, teacher).mean().item() == torch.nn.functional.mse_loss(features, teacher).item()
+    assert feature_mse(features, teacher).tolist() == pytest.approx([3.0, 1.0], rel=1e-6)
+    assert feature_mse(features, teacher).mean().item() == pytest.approx(F.mse_loss(features, teacher).item(), rel=1e-6)
+
+
+def test_feature_mse_has_the_gradient_of_the_mse_and_keeps_the_memory_format():
+    generator = torch.Generator().manual_seed(4)
+    features, teacher = torch.randn(2, 3, 8, 5, 5, generator=generator)
+    features[0] = teacher[0]  # where there is nothing left to learn, the gradient is 0 and not 0 / 0
+    seen = []
+    features = features.contiguous(memory_format=torch.channels_last).requires_grad_()
+    (same := features * 1).register_hook(seen.append)
+    feature_mse(same, teacher).mean().backward()
+    expected = 2 * (features - teacher) / features.numel()
+    assert torch.allclose(features.grad, expected, rtol=1e-4, atol=1e-9) and features.grad[0].abs().max() == 0
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_feature_mse_is_fp32_under_bf16():

@@ -1,6 +1,7 @@
 """What happens in real labs: a job is killed, pre-empted, or interrupted, and goes on as if nothing had been."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -17,6 +18,7 @@ import runtime
 from benchmarks.bench_training import save_teachers
 from benchmarks.kill_and_resume import kill_and_resume, same
 from dataset import read_info
+from resnet50 import read_weights
 from runtime import StopSignals
 
 
@@ -125,3 +127,50 @@ def student_run(data, teachers, precision, *flags):
     settings, _ = parse_settings("student", baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
     stage = baseline_cl_s_weight.STAGE
     return start_run(stage, settings, read_lists(stage, settings), torch.device("cpu"), precision)
+
+
+# ---- damaged things to resume from -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, tmp_path_factory):
+    """(flags, folder) of a baseline of two epochs that stopped after one."""
+    folder = tmp_path_factory.mktemp("stopped") / "b"
+    flags = ["--data-root", tiny, "--output", folder, "--init", "none", *QUICK]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at_step(patch, 8, signal.SIGTERM)
+        assert run_main(baseline_resnet50, *flags) == 128 + signal.SIGTERM
+    return [*flags, "--resume"], folder
+
+
+@pytest.mark.parametrize("part, value", [
+    ("epoch", "x"), ("epoch", 3), ("step", -1), ("seconds", None), ("best_accuracy", []), ("loss_sums", 5),
+    ("optimizer", {"state": 1, "param_groups": []}), ("model", {}), ("sampler", {"step": 1}), ("flips", torch.zeros(3)),
+    ("torch_random", torch.zeros(8, dtype=torch.uint8))])
+def test_a_checkpoint_of_something_else_is_not_gone_on_from(stopped, tmp_path, capsys, part, value):
+    flags, folder = stopped
+    shutil.copytree(folder, tmp_path / "b")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    torch.save({**state, part: value}, tmp_path / "b" / "last.pt")
+    assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "last.pt: not a checkpoint that this run can go on from (" in error
+
+
+@pytest.mark.parametrize("line", ["{", "5", "\udcff"])
+def test_a_damaged_log_is_one_line_and_can_be_removed(stopped, tmp_path, capsys, line):
+    flags, folder = stopped
+    shutil.copytree(folder, tmp_path / "b")
+    (tmp_path / "b" / "log.jsonl").write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b") == 2
+    assert "log.jsonl:1: not a JSON object; remove the file to go on" in capsys.readouterr().err
+    if line == "{":
+        (tmp_path / "b" / "log.jsonl").unlink()
+        assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b") == 0
+        assert [record["epoch"] for record in log_of(tmp_path / "b")] == [2]
+
+
+def test_a_checkpoint_within_an_epoch_describes_itself(stopped, tiny):
+    _, folder = stopped
+    state, description = read_weights(folder / "last.pt")
+    assert description["epoch"] == 1 and description["stage"] == "baseline" and "fc.weight" in state
