@@ -12,9 +12,10 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from files import read_json
 from image_cache import decode_grey, in_processes, unreadable
 from published import DOTA
-from runtime import UserError, read_json
+from runtime import UserError
 from sources import Source, existing_folders, image_files, read_released
 
 MIN_EDGE = 4  # pixels; a chip of an object smaller than this is widened with the pixels around it

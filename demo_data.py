@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from demo_ships import DESIGNS, Pen, quay, smooth_noise
+from files import read_json, write_json
 from published import FGSC23
-from runtime import UserError, read_json, run_script, write_json
+from runtime import UserError, run_script
 
 SPLITS = ("train", "test")
 # To be raised whenever the drawing changes, so that a folder drawn by an older program does not pass for a new one.

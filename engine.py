@@ -15,25 +15,22 @@ import report
 from dataset import GROUPS, fingerprint, network_input
 from distillation import imitate, sums_by_class
 from evaluation import evaluate, test, test_only
+from files import append_json_line, remove_partials, save_checkpoint, write_json
 from runtime import (
     Stopped,
     StopSignals,
     UserError,
-    append_json_line,
     autocast,
     rank,
-    remove_partials,
     resolve_device,
     resolve_precision,
     run_script,
-    save_checkpoint,
     say,
     seed_everything,
     start_processes,
     sum_over_processes,
     wait_for_all,
     world_size,
-    write_json,
 )
 from settings import check_output, identity, parse_settings
 from stage import read_lists

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import report
 from dataset import class_counts, network_input, read_info
+from files import read_json, sha256_of
 from inference import batch_size, inference_network
 from resnet50 import load_network
 from runtime import (
@@ -16,10 +17,8 @@ from runtime import (
     device_name,
     library_versions,
     rank,
-    read_json,
     resolve_precision,
     say,
-    sha256_of,
     sum_over_processes,
     world_size,
 )

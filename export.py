@@ -23,10 +23,11 @@ from torch import nn
 
 from dataset import network_input
 from exported import METADATA, read_exported, require_packages, require_torch
+from files import atomic_path, sha256_of
 from inference import load_classifier
 from predict import decode, find_images
 from resnet50 import fold_batch_norm
-from runtime import UserError, atomic_path, run_script, sha256_of
+from runtime import UserError, run_script
 
 LIMIT = 1e-4  # of the largest logit: how far an exported file may be from the network; rounding makes about 1e-6
 CHECKED = 64  # images to compare on, at most

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from files import unpacked_size
 from resnet50 import is_description
-from runtime import UserError, unpacked_size
+from runtime import UserError
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "description.json"  # a program's file of that name; the key of an ONNX file's metadata

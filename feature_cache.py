@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from dataset import network_input
+from files import atomic_path, sha256_of
 from image_cache import build_once
-from runtime import UserError, atomic_path, autocast, rank, say, sha256_of
+from runtime import UserError, autocast, rank, say
 
 FORMAT = 1  # part of the cache's key: raise it when teachers or the layout of the file change
 CHUNK = 16  # images that pass through the teachers together

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from runtime import UserError, atomic_path, remove_partials
+from files import atomic_path, remove_partials
+from runtime import UserError
 
 CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the resize changes what it returns
 

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from dataset import list_lines
+from files import atomic_path, write_json
 from image_cache import decode_square, in_processes, unreadable
 from inference import open_classifier
-from runtime import UserError, atomic_path, run_script, write_json
+from runtime import UserError, run_script
 
 
 def find_images(paths):

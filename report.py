@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dataset import GROUPS
-from runtime import atomic_path, read_json_lines, say, write_json
+from files import atomic_path, read_json_lines, write_json
+from runtime import say
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}

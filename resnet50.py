@@ -9,7 +9,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from runtime import UserError, load_checkpoint
+from files import load_checkpoint
+from runtime import UserError
 
 # What this project's checkpoints say of themselves, at least.
 DESCRIPTION = {"stage": str, "classes": list, "groups": dict, "preprocessing": dict, "epoch": int, "selected_on": str}

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import baseline_cl_s_weight
 import report
-from runtime import Stopped, StopSignals, UserError, atomic_path, read_json, run_script, write_json
+from files import atomic_path, read_json, write_json
+from runtime import Stopped, StopSignals, UserError, run_script
 from settings import Settings, add_flags
 from stage import SCRIPTS
 

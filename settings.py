@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import UserError, read_json
+from files import read_json
+from runtime import UserError
 
 
 def setting(default, text, **flag):

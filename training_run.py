@@ -9,20 +9,9 @@ import torch
 from ClassAwareSampler import ClassAwareBatchSampler, SelfCalibratedBatchSampler, ShuffledBatchSampler
 from dataset import describe
 from feature_cache import FeatureCache, open_feature_cache
+from files import atomic_path, load_checkpoint, read_json_lines, save_checkpoint
 from resnet50 import ResNet50, initialise
-from runtime import (
-    UserError,
-    atomic_path,
-    device_name,
-    library_versions,
-    load_checkpoint,
-    rank,
-    read_json_lines,
-    save_checkpoint,
-    say,
-    sum_over_processes,
-    world_size,
-)
+from runtime import UserError, device_name, library_versions, rank, say, sum_over_processes, world_size
 from settings import Settings
 from stage import Data, Stage, check_classes, initial_weights, load_data, load_teacher, teacher_weights
 

@@ -30,10 +30,11 @@ from benchmarks.common import finish, interleaved, parser, print_table, set_up, 
 from ClassAwareSampler import SelfCalibratedBatchSampler
 from dataset import DatasetInfo, ImageDataset, fingerprint, network_input, write_dataset
 from engine import to_device
+from files import read_json
 from image_cache import ImageCache, in_processes
 from published import DOTA
 from resnet50 import ResNet50
-from runtime import UserError, autocast, read_json, resolve_precision, run_script
+from runtime import UserError, autocast, resolve_precision, run_script
 from stage import load_data, read_lists
 from training_run import make_sampler
 

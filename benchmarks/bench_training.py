@@ -28,9 +28,10 @@ from benchmarks import reference
 from benchmarks.common import finish, interleaved, parser, print_table, set_up
 from dataset import DatasetInfo, describe, read_split, write_dataset
 from engine import train_step, trained_form
+from files import save_checkpoint
 from published import FGSC23
 from resnet50 import ResNet50
-from runtime import autocast, resolve_precision, run_script, save_checkpoint
+from runtime import autocast, resolve_precision, run_script
 from stage import read_lists
 from training_run import start_run
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from runtime import device_name, library_versions, resolve_device, write_json
+from files import write_json
+from runtime import device_name, library_versions, resolve_device
 
 
 def parser(description, name):

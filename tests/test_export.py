@@ -20,10 +20,11 @@ from torch import nn
 import export
 import predict
 from dataset import network_input
+from files import sha256_of
 from inference import batch_size, inference_network
 from predict import decode, find_images
 from resnet50 import ResNet50, read_weights
-from runtime import run_script, sha256_of
+from runtime import run_script
 
 SUFFIXES = {"onnx": ".onnx", "program": ".pt2"}
 

@@ -13,6 +13,7 @@ from test_stages import log_of, stop_at_step
 import baseline_cl_s_weight
 import baseline_resnet50
 import engine
+import files
 import run_all
 import runtime
 from benchmarks.bench_training import save_teachers
@@ -77,7 +78,7 @@ def test_a_second_interrupt_is_obeyed_at_once():
 
 
 def test_checkpoints_are_written_every_so_many_steps(tiny, tmp_path, monkeypatch):
-    written, save_checkpoint = [], runtime.save_checkpoint
+    written, save_checkpoint = [], files.save_checkpoint
 
     def note(path, checkpoint):
         if path.name == "last.pt":

@@ -17,8 +17,9 @@ from conftest import PROJECT, QUICK, draw_tiny, run_main, run_program
 import baseline_resnet50
 import image_cache
 from dataset import read_info, read_split, write_dataset
+from files import append_json_line, load_checkpoint, save_checkpoint, write_json
 from image_cache import ImageCache
-from runtime import UserError, append_json_line, load_checkpoint, save_checkpoint, write_json
+from runtime import UserError
 
 resource = pytest.importorskip("resource", reason="this system has no quotas to set")
 

@@ -27,9 +27,10 @@ import baseline_resnet50
 import evaluation
 import predict
 from dataset import DatasetInfo, fingerprint, read_info, read_list, write_dataset
+from files import load_checkpoint, read_json
 from image_cache import decode_grey
 from resnet50 import ResNet50, initialise, load_state, read_weights
-from runtime import UserError, load_checkpoint, read_json, run_script
+from runtime import UserError, run_script
 from settings import Settings, check_output
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import engine
-from runtime import UserError, atomic_path, resolve_device, resolve_precision, run_script, save_checkpoint
+from files import atomic_path, save_checkpoint
+from runtime import UserError, resolve_device, resolve_precision, run_script
 from settings import Settings, check_ranges, parse_settings
 
 
