@@ -1,6 +1,8 @@
 """The student step as the paper's released code computes it: slow and obvious. Benchmarks measure against it, and tests
 take its losses for the truth of `--teacher-batch-norm train`."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +28,9 @@ class DecodedAgain(Dataset):
 
 def load_batch(dataset, indices, workers=8):
     """The batch of one step from a loader that is made for this step alone."""
-    return next(iter(DataLoader(dataset, batch_sampler=[indices], num_workers=workers)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of more workers than cores
+        return next(iter(DataLoader(dataset, batch_sampler=[indices], num_workers=workers)))
 
 
 def student_losses(student, teachers, images, labels, group_of_class):
