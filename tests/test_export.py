@@ -318,7 +318,12 @@ def test_an_onnx_file_of_others_is_refused(tiny, tmp_path, capsys):
     onnx.save(model, path)
     assert run(predict, "--weights", path, tiny / "images") == 2
     assert "not a file that export.py wrote" in one_line(capsys)
-    description = {"classes": list("abcdef"), "preprocessing": {"image_size": 32}}
+    helper.set_model_props(model, {"description.json": json.dumps({"classes": list("abcdef")})})
+    onnx.save(model, path)
+    assert run(predict, "--weights", path, tiny / "images") == 2
+    assert "its description is not one of this project" in one_line(capsys)
+    description = {"stage": "t1", "classes": list("abcdef"), "groups": {}, "preprocessing": {"image_size": 32},
+                   "epoch": 1, "selected_on": "val"}
     helper.set_model_props(model, {"description.json": json.dumps(description)})
     onnx.save(model, path)
     assert run(predict, "--weights", path, tiny / "images") == 2

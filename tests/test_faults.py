@@ -106,11 +106,14 @@ def test_run_all_waits_for_the_checkpoint_of_a_stage_that_is_stopped(tmp_path, c
 # ---- numerics --------------------------------------------------------------------------------------------------------
 
 
-def test_bf16_and_fp32_agree_on_the_losses_of_a_step(tiny, teachers):
-    """Within 2 per cent for the terms of a student's step on the same batch; bf16 itself keeps 8 bits, 0.4 per cent."""
+def test_bf16_and_fp32_agree_on_the_losses_of_a_step(tiny, tmp_path):
+    """Within 2 per cent for the terms of a student's step on the same batch; bf16 itself keeps 8 bits, 0.4 per cent. At
+    128 pixels: at 32 the last batch norm averages over 8 numbers, and magnifies what is rounded."""
+    torch.manual_seed(0)
+    save_teachers(tmp_path, read_info(tiny), 128)
     losses = {}
     for precision in ("fp32", "bf16"):
-        run = student_run(tiny, teachers, precision)
+        run = student_run(tiny, tmp_path, precision, "--image-size", "128")
         names, terms = engine.train_step(run, run.network.train(), next(iter(run.sampler)))
         losses[precision] = dict(zip(names, terms.tolist(), strict=True))
     for name, exact in losses["fp32"].items():
