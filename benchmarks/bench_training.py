@@ -117,6 +117,19 @@ def measure(folder, info, size, batch_size, precision, device, repeats, compiled
     return rows
 
 
+def profile(step, device, top=8):
+    """Rows: the operators that take most of one step's own time, on the CPU or the GPU, in per cent."""
+    for _ in range(3):
+        step()
+    kind = "device" if device.type == "cuda" else "cpu"
+    with torch.profiler.profile() as profiler:
+        step()
+    times = {event.key: getattr(event, f"self_{kind}_time_total") for event in profiler.key_averages()}
+    whole = sum(times.values())
+    return [{"operator": name, "% of a step": round(100 * taken / whole, 1)}
+            for name, taken in sorted(times.items(), key=lambda item: -item[1])[:top]]
+
+
 def compare_with_released(folder, info, size, precisions, device, repeats):
     """Rows for a student step of 8 images by the released code and by ours, in each precision, all side by side."""
     steps = {}
@@ -136,6 +149,7 @@ def main():
     flags.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     flags.add_argument("--image-size", type=int, default=224)
     flags.add_argument("--compile", action="store_true", help="also compile the plain and the student's network")
+    flags.add_argument("--profile", action="store_true", help="say where the time of a plain step goes, and end")
     args = flags.parse_args()
     device = set_up(args)
     rows = []
@@ -143,6 +157,9 @@ def main():
         folder = Path(folder)
         info = draw_data(folder / "data")
         save_teachers(folder / "runs", info, args.image_size)
+        if args.profile:
+            step = stage_step("plain", folder, info, args.image_size, 8, resolve_precision("auto", device), device)
+            return finish(args, device, "a plain step of 8 images", profile(step, device))
         for precision in args.precisions:
             for batch_size in args.batch_sizes:
                 rows += measure(folder, info, args.image_size, batch_size, resolve_precision(precision, device), device,

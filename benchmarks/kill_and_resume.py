@@ -75,7 +75,7 @@ def kill_and_resume(folder, data, runs, kills, size=32, epochs=3, seed=0, say=pr
         compared += 1
         output, times = folder / f"killed{compared}", 0
         program = command(data, output, runs, size, epochs)
-        while killed < kills and run_until(program, moments.uniform(0, duration / 2)):
+        while killed < kills and run_until(program, moments.uniform(0, duration / 4)):
             killed, times = killed + 1, times + 1
         run_until(program, None)
         identical += same(output, whole)
