@@ -21,6 +21,7 @@ from runtime import (
     StopSignals,
     UserError,
     autocast,
+    max_over_processes,
     rank,
     resolve_device,
     resolve_precision,
@@ -83,8 +84,11 @@ def train(stage, settings, device):
             record = train_one_epoch(run, trained, signals)
             finish_epoch(run, record)
             report.log_epoch(record, settings, run, writer)
-    if signals.received:
-        raise Stopped(f"stopped after {progress(run)}; the same command with --resume tests the best", signals.received)
+            received = max_over_processes(signals.received, device)
+            if received:
+                rest = "goes on from there" if run.epoch < settings.epochs else "tests the best"
+                raise Stopped(f"stopped after {progress(run)}, kept in {folder}; the same command with --resume {rest}",
+                              received)
     say(f"best epoch {run.best_epoch}: {settings.select} accuracy {run.best_accuracy:.4f}")
     wait_for_all()  # until the first process has written best.pt
     if rank() == 0:
@@ -199,14 +203,18 @@ def look_around(run, names, unchecked, signals, started):
     last_of_epoch = run.step == len(run.sampler)
     due = run.settings.save_steps and run.step % run.settings.save_steps == 0 and not last_of_epoch
     # To look at a value is to wait for the GPU: only where the sampler waits for it anyway, or now and then.
-    look = due or last_of_epoch or len(unchecked) == 50 or run.settings.sampler == "self-calibrated"
+    # Several processes must look at the same steps, and often, as that is also where they agree to stop.
+    together = world_size() > 1
+    look = (due or last_of_epoch or run.settings.sampler == "self-calibrated"
+            or len(unchecked) == (10 if together else 50) or (signals.received and not together))
     if look:
         check_finite(torch.stack(unchecked), names, run.stage, run.epoch + 1, run.step)
         unchecked.clear()
-    received = signals.received
-    if world_size() > 1:  # a signal may reach one process a step before the others: they stop together, after a look
-        received = int(sum_over_processes(torch.tensor(received, device=run.device))) if look else 0
-    if last_of_epoch or not (due or received):
+    if last_of_epoch:
+        return
+    # A signal may reach one process a step before the others: they stop together, after a look.
+    received = max_over_processes(signals.received, run.device) if look else 0
+    if not (due or received):
         return
     run.seconds = time.perf_counter() - started
     save_last(run)
@@ -238,7 +246,7 @@ def check_finite(terms, names, stage, epoch, last_step):
         row, column = bad[0]
         step, value = last_step - len(terms) + 1 + row, terms[row, column].item()
         raise UserError(f"stage {stage.name}, epoch {epoch}, step {step}: {names[column]} is {value}; the checkpoints "
-                        "of the last good epoch are kept; try a lower --lr or --precision fp32")
+                        "of before are kept; try a lower --lr or --precision fp32")
 
 
 def finish_epoch(run, record):

@@ -67,7 +67,7 @@ def test(stage, settings, info, classes, train_labels, dataset, weights, device)
     info: the DatasetInfo. classes: the ids to report on. train_labels: of the images it was trained on, to be counted.
     dataset: the test images. The precision `auto` is fp32 here: a number that is compared with a published one should
     not hang on the machine."""
-    precision = "fp32" if settings.precision == "auto" else resolve_precision(settings.precision, device)
+    precision = resolve_precision("fp32" if settings.precision == "auto" else settings.precision, device)
     num_classes = len(info.classes)
     network, description = load_network(weights, num_classes)
     network.to(device, memory_format=torch.channels_last)

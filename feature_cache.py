@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dataset import network_input
 from files import atomic_path, sha256_of
 from image_cache import build_once
-from runtime import UserError, autocast, rank, say
+from runtime import UserError, autocast, max_over_processes, rank, say
 
 FORMAT = 1  # part of the cache's key: raise it when teachers or the layout of the file change
 CHUNK = 16  # images that pass through the teachers together
@@ -35,7 +35,7 @@ class FeatureCache:
 
         indices: list of B. flip: (B,) bool tensor on the CPU."""
         features = torch.from_numpy(self.array[indices, flip.long().numpy()]).view(self.dtype)
-        return {name: features[:, number].permute(0, 3, 1, 2) for number, name in enumerate(self.names)}
+        return {name: features[:, number].contiguous().permute(0, 3, 1, 2) for number, name in enumerate(self.names)}
 
 
 def open_feature_cache(stage, settings, data, teachers, weights, device, precision):
@@ -52,8 +52,10 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     needed = dtype.itemsize * math.prod(shape)
     folder = data.info.root / "cache"
     file = folder / f"features_{stage.name}_{cache_key(data, weights, dtype)}.npy"
-    room = min(settings.feature_cache * 1e9, shutil.disk_usage(folder).free)
-    if needed > room and not file.exists():
+    older = sum(other.stat().st_size for other in folder.glob(f"features_{stage.name}_*.npy"))  # makes way for it
+    room = min(settings.feature_cache * 1e9, shutil.disk_usage(folder).free + older)
+    # All processes decide alike, and before one of them begins to fill the disk.
+    if max_over_processes(int(needed > room and not file.exists()), device):
         say(f"note: the teachers' features of {len(data.train)} images need {needed / 1e9:.3g} GB; --feature-cache and "
             f"the disk leave {room / 1e9:.3g}; the teachers run at every step instead")
         return None

@@ -65,8 +65,10 @@ def run(command, what):
     """Run one stage as a program. Raises UserError if it fails, Stopped when a signal has ended it."""
     print(f"\n== {what}", flush=True)
     # Ctrl-C reaches the stage too, SIGTERM this process alone; either way the stage writes its checkpoint first.
-    with (subprocess.Popen(command) as process,
-          StopSignals(lambda number: process.terminate() if number == signal.SIGTERM else None) as signals):
+    with StopSignals() as signals, subprocess.Popen(command) as process:
+        signals.tell = lambda number: process.terminate() if number == signal.SIGTERM else None
+        if signals.received:  # while the stage was being started
+            process.terminate()
         status = process.wait()
     if signals.received:
         raise Stopped("stopped; the same command with --resume goes on", signals.received)

@@ -201,6 +201,15 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def max_over_processes(number, device):
+    """The largest of the non-negative integers that the processes give."""
+    if world_size() == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def wait_for_all():
     """Return when every process has come here."""
     if world_size() > 1:

@@ -48,7 +48,7 @@ class Run:
                 "sampler": self.sampler.state_dict(), "flips": self.flips.get_state(),
                 "torch_random": torch.get_rng_state(), "epoch": self.epoch, "step": self.step,
                 "loss_sums": self.loss_sums, "seconds": self.seconds, "best_epoch": self.best_epoch,
-                "best_accuracy": self.best_accuracy}
+                "best_accuracy": self.best_accuracy, "features_kept": self.features is not None}
 
     def restore(self, state):
         """Go on where the run that gave `state` stood. Raises an exception of any kind for what is no such state."""
@@ -56,6 +56,9 @@ class Run:
         check_alike(state, {name: value for name, value in self.state().items() if name not in ("model", "optimizer")})
         if not (0 <= state["epoch"] <= self.settings.epochs and 0 <= state["step"] < len(self.sampler)):
             raise ValueError(f"epoch {state['epoch']} and step {state['step']} are not of this run")
+        if state["features_kept"] != (self.features is not None):
+            raise ValueError("it was begun with the teachers' features kept on disk and they are not now, or the other "
+                             "way round; give --feature-cache and the disk the room they had")
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])

@@ -1,13 +1,15 @@
 """Teachers' features kept on disk: the same results as with the teachers running, and never those of other teachers."""
 
 import shutil
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import QUICK, draw_tiny, run_main
 from test_faults import student_run
-from test_stages import log_of, student_flags
+from test_stages import log_of, stop_at_step, student_flags
 
 import baseline_cl_s_weight
 import baseline_cl_t3
@@ -140,3 +142,17 @@ def test_teachers_whose_batch_norm_trains_cannot_be_kept(own_tiny, teachers, tmp
     assert run_main(baseline_cl_s_weight, "--data-root", own_tiny, *student_flags(teachers), *QUICK, *KEPT,
                     "--teacher-batch-norm", "train", "--output", tmp_path / "s") == 2
     assert "--feature-cache: teachers whose batch norm is in train mode" in capsys.readouterr().err
+
+
+def test_a_run_begun_with_kept_features_does_not_go_on_without(own_tiny, teachers, tmp_path, monkeypatch, capsys):
+    """They are rounded, and the teachers are not: the weights would not be those of a run never stopped."""
+    flags = ["--data-root", own_tiny, *student_flags(teachers), *QUICK, *KEPT, "--output", tmp_path / "s"]
+    stop_at_step(monkeypatch, 2, signal.SIGTERM)
+    assert run_main(baseline_cl_s_weight, *flags) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    (own_tiny / "cache" / caches(own_tiny)[0]).unlink()
+    with monkeypatch.context() as full:
+        full.setattr(feature_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        assert run_main(baseline_cl_s_weight, *flags, "--resume") == 2
+    assert "it was begun with the teachers' features kept on disk and they are not now" in capsys.readouterr().err
+    assert run_main(baseline_cl_s_weight, *flags, "--resume") == 0
