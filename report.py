@@ -85,19 +85,15 @@ def write_results(folder, results):
     print(f"written: {folder / 'results.json'}, results.txt, confusion.png", flush=True)
 
 
-def log_epoch(record, settings, run, writer):
-    """Print the one line of an epoch, and give it to TensorBoard if `writer` is not None."""
+def log_epoch(record, run):
+    """Print the one line of an epoch."""
+    settings = run.settings
     chosen_on = f"{settings.select}_accuracy"
     fixed = ("epoch", "lr", "loss", "seconds", "images_per_second", chosen_on)
     terms = "".join(f"  {name} {value:.4f}" for name, value in record.items() if name not in fixed)
     say(f"epoch {record['epoch']:>3}/{settings.epochs}  lr {record['lr']:.1e}  loss {record['loss']:.4f}{terms}  "
         f"{settings.select} {record[chosen_on]:.4f} (best {run.best_accuracy:.4f} at {run.best_epoch})  "
         f"{record['images_per_second']:.0f} images/s")
-    if writer:
-        for name, value in record.items():
-            if name != "epoch":
-                writer.add_scalar(name, value, record["epoch"])
-        writer.flush()
 
 
 # ---- several runs ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from pathlib import Path
 import baseline_cl_s_weight
 import report
 from files import atomic_path, read_json, write_json
+from flags import add_flags
 from runtime import Stopped, StopSignals, UserError, run_script
-from settings import Settings, add_flags
+from settings import Settings
 from stage import SCRIPTS
 
 # Flags of a single stage that make no sense for all of them, or that this script sets itself.

@@ -1,23 +1,10 @@
-"""The settings of a stage: the values at the top of each script, the flags of the same names, and the rule that an
-output folder holds one run of one group of settings."""
+"""The settings of a stage: the values at the top of each script, and the flags of the same names."""
 
-import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import read_json
-from runtime import UserError
-
-
-def setting(default, text, **flag):
-    """A field of Settings: its default, its help text, and what argparse is told besides (choices, type)."""
-    return dataclasses.field(default=default, metadata={"help": text, "flag": flag})
-
-
-def epochs_list(text):
-    """"32,62,92" -> (32, 62, 92), the type of --lr-steps."""
-    return tuple(int(number) for number in text.split(",") if number.strip())
+from flags import check_range, epochs_list, parse_flags, run_identity, setting
 
 
 @dataclass(frozen=True)
@@ -70,27 +57,11 @@ NOT_PART_OF_A_RUN = ("data_root", "output", "device", "save_steps", "tensorboard
                      "expect_accuracy")
 
 
-def add_flags(parser, fields=None):
-    """Give `parser` a flag for each field of Settings; those that are not given stay out of the parsed namespace."""
-    for field in fields or dataclasses.fields(Settings):
-        options = dict(field.metadata["flag"], help=field.metadata["help"], default=argparse.SUPPRESS)
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options.setdefault("type", field.type)
-        if "choices" not in options and field.type is not bool:
-            options.setdefault("metavar", field.name.upper())
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-
-
 def parse_settings(stage, settings, description, argv=None):
     """The settings of a stage script as changed by its flags, checked, with its folder names filled in.
 
     stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Settings that are not given have the values at the top of the script.")
-    add_flags(parser)
-    given = vars(parser.parse_args(argv))
+    given = parse_flags(dataclasses.fields(Settings), description, argv)
     settings = dataclasses.replace(settings, **given)
     data = Path(settings.data_root).resolve().name
     output = settings.output
@@ -107,37 +78,11 @@ def check_ranges(settings):
     for name, low, high in (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("image_size", 32, 4096), ("lr", 1e-12, 1e3),
                             ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("calibration_momentum", 0, 0.9999),
                             ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9)):
-        value = getattr(settings, name)
-        if not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
+        check_range(settings, name, low, high)
 
 
 def identity(stage, settings, precision, data):
     """The plain values that make a run what it is: two runs with equal ones compute the same on the same device.
 
     precision: what `auto` came to. data: the `dataset.fingerprint` of what it trains on."""
-    values = {name: list(value) if isinstance(value, tuple) else value
-              for name, value in dataclasses.asdict(settings).items() if name not in NOT_PART_OF_A_RUN}
-    return {"stage": stage, **values, "precision": precision, "data": data}
-
-
-def check_output(settings, mine):
-    """Raise UserError if `settings.output` holds another run than the one that is `mine` (its `identity`), or this one
-    and --resume is not given, or the results of a test."""
-    folder = Path(settings.output)
-    path = folder / "settings.json"
-    if not path.exists():
-        if (folder / "results.json").exists():
-            raise UserError(f"{folder}: holds the results of a test; give another --output")
-        return
-    if not settings.resume:
-        raise UserError(f"{folder}: holds a run already; go on with it by --resume, or give another --output")
-    theirs = read_json(path)
-    theirs = theirs if isinstance(theirs, dict) else {}
-    if theirs.get("data") != mine["data"]:
-        raise UserError(f"{folder}: holds a run on other lists, classes or groups than {settings.data_root} has now; "
-                        "give another --output")
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {theirs.get(name)}, not {value}; "
-                            "give the settings it was started with, or another --output")
+    return run_identity(stage, settings, NOT_PART_OF_A_RUN, precision=precision, data=data)

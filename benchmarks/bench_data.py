@@ -29,13 +29,13 @@ from baseline_resnet50 import SETTINGS, STAGE
 from benchmarks.common import finish, interleaved, parser, print_table, set_up, wait_for
 from ClassAwareSampler import SelfCalibratedBatchSampler
 from dataset import DatasetInfo, ImageDataset, fingerprint, network_input, write_dataset
-from engine import to_device
 from files import read_json
 from image_cache import ImageCache, in_processes
 from published import DOTA
 from resnet50 import ResNet50
 from runtime import UserError, autocast, resolve_precision, run_script
 from stage import load_data, read_lists
+from training import to_device
 from training_run import make_sampler
 
 DRAWING = 1  # raise it when the drawing changes, so that chips of an older one are not used again
@@ -185,7 +185,7 @@ def start_rows(args):
 
 
 def batches(dataset, sampler, batch_size):
-    """Training batches without end, each drawn when it is asked for, as `engine.train_one_epoch` does; a
+    """Training batches without end, each drawn when it is asked for, as `training.train_one_epoch` does; a
     self-calibrated sampler gets made-up losses after each. sampler: its name in the settings."""
     settings = replace(SETTINGS, sampler=sampler, batch_size=batch_size)
     sampler, losses = make_sampler(STAGE, settings, dataset, len(DOTA["classes"])), torch.rand(len(DOTA["classes"]))

@@ -21,7 +21,7 @@ import torch
 from benchmarks.bench_training import STEPS, draw_data, save_teachers, stage_run
 from benchmarks.common import finish, parser, set_up
 from dataset import read_info
-from engine import train_step, trained_form
+from engine import train_step
 from runtime import (
     rank,
     resolve_device,
@@ -31,6 +31,7 @@ from runtime import (
     start_processes,
     sum_over_processes,
 )
+from training import trained_form
 
 
 def work(folder, stage, batch_size, steps, size):

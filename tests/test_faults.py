@@ -85,7 +85,7 @@ def test_checkpoints_are_written_every_so_many_steps(tiny, tmp_path, monkeypatch
             written.append((checkpoint["epoch"], checkpoint["step"]))
         save_checkpoint(path, checkpoint)
 
-    monkeypatch.setattr("training_run.save_checkpoint", note)
+    monkeypatch.setattr("training.save_checkpoint", note)
     assert run_main(baseline_resnet50, "--data-root", tiny, "--init", "none", *QUICK, "--save-steps", "3", "--output",
                     tmp_path / "b") == 0
     assert written == [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]

@@ -23,9 +23,10 @@ import baseline_resnet50
 import evaluation
 from dataset import DatasetInfo, fingerprint, read_info, read_list
 from files import read_json
+from flags import check_output
 from resnet50 import ResNet50, initialise, load_state, read_weights
 from runtime import UserError, run_script
-from settings import Settings, check_output
+from settings import Settings
 
 
 def fuzz(examples):
@@ -183,7 +184,7 @@ MINE = {"stage": "t1", "epochs": 3, "lr": 0.1, "lr_steps": [1, 2], "data": "0123
 @given(content=st.one_of(st.binary(max_size=100), near_json({key: json.dumps(MINE[key]) for key in MINE})))
 def test_a_settings_json_of_garbage_is_another_run_or_one_line(folder, content):
     resumed = Settings(output=str(folder), resume=True)
-    outcome(lambda: check_output(resumed, MINE), folder / "settings.json", content, named=folder)
+    outcome(lambda: check_output(resumed, MINE, "data"), folder / "settings.json", content, named=folder)
 
 
 @fuzz(50)
