@@ -28,7 +28,7 @@ from runtime import (
 )
 from settings import identity, parse_settings
 from stage import read_lists
-from training import check_common_settings, to_device, train_epochs
+from training import check_common_settings, to_device, train_epochs, trained_form
 from training_run import describe_run, start_run
 
 
@@ -67,7 +67,7 @@ def train(stage, settings, device):
         if not (folder / "settings.json").exists():
             write_json(folder / "settings.json", {
                 **mine, **{key: run.description[key] for key in ("dataset", "device", "processes", "versions")}})
-    train_epochs(run, lambda: run.sampler, train_step, finish_epoch)
+    train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
     say(f"best epoch {run.best_epoch}: {settings.select} accuracy {run.best_accuracy:.4f}")
     if rank() == 0:
         report.draw_curves(folder)

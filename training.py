@@ -33,7 +33,7 @@ class TrainingRun:
     """What every training run holds. `state` and `restore` are its checkpoint: the parts that change; a kind of run
     that has more of them adds them in `more_state` and `restore_more`.
 
-    settings: at least output, epochs, batch_size, save_steps, resume, compile, tensorboard. sampler: batches by their
+    settings: at least output, epochs, batch_size, save_steps, resume, tensorboard. sampler: batches by their
     order in an epoch; len() of it is the steps of an epoch."""
 
     name: str  # of the stage
@@ -138,10 +138,10 @@ def trim_log(path, epochs):
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def trained_form(run):
-    """The network as it is trained: compiled if the settings say so, and wrapped where several processes train it."""
+def trained_form(run, compiled=False):
+    """The network as it is trained: compiled if that is asked for, and wrapped where several processes train it."""
     network = run.network
-    if run.settings.compile:
+    if compiled:
         # On a GPU a batch of 8 is bound by the launching of its kernels: a graph of them is launched at once.
         network = torch.compile(network, mode="reduce-overhead" if run.device.type == "cuda" else None)
     if world_size() > 1:
@@ -152,14 +152,14 @@ def trained_form(run):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train_epochs(run, batches, train_step, finish_epoch):
+def train_epochs(run, trained, batches, train_step, finish_epoch):
     """Train until the last epoch is done.
 
-    batches(): what is left of the epoch, an iterable. train_step(run, trained, batch): does a step and returns the
-    names of the loss terms and their values, (terms,). finish_epoch(run, record): called with run.epoch counted up; may
-    add to the epoch's record for the log, and prints it. Raises UserError at a loss that is not finite, Stopped when a
-    signal has come."""
-    trained, folder = trained_form(run), Path(run.settings.output)
+    trained: the `trained_form` of the run. batches(): what is left of the epoch, an iterable. train_step(run, trained,
+    batch): does a step and returns the names of the loss terms and their values, (terms,). finish_epoch(run, record):
+    called with run.epoch counted up; may add to the epoch's record for the log, and prints it. Raises UserError at a
+    loss that is not finite, Stopped when a signal has come."""
+    folder = Path(run.settings.output)
     writer = None
     if run.settings.tensorboard and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter  # an optional package

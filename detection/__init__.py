@@ -1,0 +1,1 @@
+"""Object detection in aerial images, and distillation for it: GFL detectors, Localization Distillation."""

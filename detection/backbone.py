@@ -1,0 +1,90 @@
+"""The ResNet under a detector, and where its weights come from: nowhere, ImageNet, or a file."""
+
+import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from detection.transforms import MEAN, STD
+from resnet50 import read_weights
+from runtime import UserError
+
+# depth: (block, blocks of each layer, channels of C3, C4, C5)
+DEPTHS = {18: (BasicBlock, [2, 2, 2, 2], (128, 256, 512)), 34: (BasicBlock, [3, 4, 6, 3], (128, 256, 512)),
+          50: (Bottleneck, [3, 4, 6, 3], (512, 1024, 2048)), 101: (Bottleneck, [3, 4, 23, 3], (512, 1024, 2048))}
+LUMA = (0.299, 0.587, 0.114)  # how much red, green and blue make grey (ITU-R BT.601, as Pillow converts)
+
+
+class Backbone(ResNet):
+    """torchvision's ResNet-18/34/50/101 without its classifier.
+
+    frozen: the published fine-tuning. Stem and layer1 get no gradient, and ALL batch norms keep their running
+    statistics, while the scale and shift of those in layer2 to layer4 are trained."""
+
+    def __init__(self, depth, frozen):
+        block, blocks, self.out_channels = DEPTHS[depth]
+        super().__init__(block, blocks)
+        del self.fc, self.avgpool
+        self.frozen = frozen
+        if frozen:
+            for module in (self.conv1, self.bn1, self.layer1):
+                module.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            for module in self.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def forward(self, images):
+        """images: (N, 3, H, W), normalised. Returns C3, C4, C5 with strides 8, 16, 32."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        c3 = self.layer2(self.layer1(x))
+        c4 = self.layer3(c3)
+        return c3, c4, self.layer4(c4)
+
+
+def initialise(backbone, depth, init):
+    """Fill `backbone` in place as `init` says; returns in words what was loaded.
+
+    init: `none`; `imagenet` (torchvision's IMAGENET1K_V1); or a file: torchvision's, or a checkpoint of this project's
+    recognition stages (a ResNet-50). Raises UserError for weights that cannot be fetched or do not fit."""
+    if init == "none":
+        return "random weights"
+    if init == "imagenet":
+        weights = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
+                            f"{weights.url} and give the file as --init FILE, or --init none")
+    else:
+        state, _ = read_weights(init)
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    stem, grey = state.get("conv1.weight"), ""
+    if getattr(stem, "shape", ())[1:2] == (1,):
+        state, grey = in_colour(state), " (its grey stem sees the grey of the colours)"
+    expected = backbone.state_dict()
+    for name, value in expected.items():
+        found = state.get(name)
+        if found is None or found.shape != value.shape:
+            what = "is absent" if found is None else f"has shape {tuple(found.shape)}"
+            raise UserError(f"--init {init}: {name} {what}; expected a ResNet-{depth}'s, of shape {tuple(value.shape)}")
+    unknown = [name for name in state if name not in expected]
+    if unknown:
+        raise UserError(f"--init {init}: holds the unknown {unknown[0][:80]}; expected the weights of a ResNet-{depth}")
+    backbone.load_state_dict(state)
+    return f"{len(expected)} entries from {init}{grey}"
+
+
+def in_colour(state):
+    """A recognition network's state dict with a stem that takes normalised colours in place of grey in -1..1.
+
+    grey = 2 * sum_c luma_c * (std_c * x_c + mean_c) / 255 - 1: the factors go into the convolution, and the constant
+    into the running mean of the batch norm after it."""
+    luma, mean, std = (torch.tensor(values) for values in (LUMA, MEAN, STD))
+    stem = state["conv1.weight"].float()  # (64, 1, 7, 7)
+    constant = 2 * (luma * mean).sum() / 255 - 1
+    return {**state, "conv1.weight": stem * (2 * luma * std / 255)[None, :, None, None],
+            "bn1.running_mean": state["bn1.running_mean"] - constant * stem.sum(dim=(1, 2, 3))}

@@ -1,0 +1,158 @@
+"""What is wrong with the ground truth of a detector, and what is in it.
+
+    python -m detection.check_data instances_train2017.json instances_val2017.json
+    python -m detection.check_data VOC2007/ImageSets/Main/trainval.txt VOC2007/ImageSets/Main/test.txt
+    python -m detection.check_data annotations/instances_train2017.json --images train2017
+
+Every image is decoded once. Errors are what would make training, or numbers measured on these images, wrong (exit
+status 1); notes are worth knowing. The first source's classes are what the others are measured by; sources of one
+training set may be joined by commas."""
+
+import argparse
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from detection.annotations import Findings, for_training, read_annotations
+from detection.data import read_image
+from files import sha256_of
+from image_cache import in_processes
+from runtime import UserError, run_script
+
+MEDIUM, LARGE = 32**2, 96**2  # COCO's limits: the areas in square pixels at which an object is medium, large
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="a COCO file (.json) or an image set of Pascal VOC (.txt): that "
+        "of training first, then those of testing")
+    add("--images", metavar="FOLDER", help="where the images lie, if not beside a COCO file (in images/ or with it) or "
+        "in JPEGImages/")
+    add("--processes", type=int, metavar="N", help="how many processes decode; default one a core")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Print tables and findings. Returns 1 where there are errors, else 0."""
+    args = parse_arguments(argv)
+    errors, notes, parts, classes = [], [], [], None
+    for source in args.sources:
+        findings = Findings([], [])
+        parts.append(read_annotations(source, args.images, classes, findings))
+        classes = parts[0].classes
+        print_table(source, parts[-1])
+        errors += findings.errors
+        notes += some(findings.clipped, f"{source}: boxes clipped to their image")
+    for source, part in zip(args.sources, parts, strict=True):
+        notes += notes_of(source, part)
+        if not any(len(record.labels) for record in for_training(part).records):
+            errors.append(f"{source}: no object that could be trained on")
+    contents, image_errors = read_images(parts, args.processes)
+    leaks, copies = same_images(args.sources, parts, contents)
+    errors += image_errors + leaks
+    notes += copies
+    for kind, findings in (("error", errors), ("note", notes)):
+        for finding in findings:
+            print(f"{kind}: {finding}")
+    print(f"{len(errors)} error{'s' * (len(errors) != 1)}, {len(notes)} note{'s' * (len(notes) != 1)}: "
+          f"{'not ' if errors else ''}fit for training and testing")
+    return 1 if errors else 0
+
+
+def print_table(source, part):
+    """Print one line a class: its objects, the images with one, and how many are difficult, small, medium, large."""
+    labels, areas, difficult = (np.concatenate([getattr(record, name) for record in part.records] or [np.zeros(0)])
+                                for name in ("labels", "areas", "difficult"))  # (objects,)
+    images = Counter(label for record in part.records for label in set(record.labels.tolist()))
+    width = max(len("all classes"), *(len(name) for name in part.classes))
+    columns = ("objects", "images", "difficult", "small", "medium", "large")
+    print(f"{source}\n{'id':>4}  {'class':{width}} " + " ".join(f"{name:>9}" for name in columns))
+    with_objects = sum(len(record.labels) > 0 for record in part.records)
+    rows = [(label, name, labels == label, images[label]) for label, name in enumerate(part.classes)]
+    for label, name, own, count in (*rows, ("", "all classes", labels >= 0, with_objects)):
+        size = areas[own]
+        counts = (own.sum(), count, difficult[own].sum(), (size < MEDIUM).sum(),
+                  ((size >= MEDIUM) & (size < LARGE)).sum(), (size >= LARGE).sum())
+        print(f"{label:4}  {name:{width}} " + " ".join(f"{int(value):9}" for value in counts))
+    print(f"{len(part.records)} images, {len(part.records) - with_objects} of them without objects\n")
+
+
+# ---- findings --------------------------------------------------------------------------------------------------------
+
+
+def some(found, what):
+    """One sentence that counts `found` and shows the first; none where there is nothing."""
+    return [f"{what}: {len(found)}, the first: {found[0]}"] if found else []
+
+
+def notes_of(source, part):
+    """Sentences about one source: what will not be trained on, classes without objects, boxes given twice."""
+    trained = for_training(part)
+    kept = {record.path for record in trained.records}
+    small = [str(record.path) for record in part.records if record.path not in kept]
+    boxes = [f"{record.path}: {part.classes[label]} {list(box)}" for record in part.records
+             for label, box in repeated(record)]
+    empty = [str(record.path) for record in part.records if not len(record.labels)]
+    present = {label for record in part.records for label in record.labels.tolist()}
+    absent = [name for label, name in enumerate(part.classes) if label not in present]
+    return [*some(boxes, f"{source}: boxes that are there more than once"),
+            *some(empty, f"{source}: images without objects, trained on as background"),
+            *some(small, f"{source}: images with a side below 32 pixels, not trained on"),
+            *some(absent, f"{source}: classes without objects")]
+
+
+def repeated(record):
+    """[(label, (x1, y1, x2, y2))] of the objects that are there more than once."""
+    counts = Counter(zip(record.labels.tolist(), map(tuple, record.boxes.tolist()), strict=True))
+    return [found for found, times in counts.items() if times > 1]
+
+
+def read_images(parts, processes):
+    """Decode every image. Returns ({path: SHA-256 of its file}, [errors])."""
+    records = list({record.path: record for part in parts for record in part.records}.values())
+    jobs, contents, errors = [records[start:start + 64] for start in range(0, len(records), 64)], {}, []
+    with tqdm(total=len(records), desc="reading images", unit="image", disable=None) as bar:
+        for results in in_processes(_read, jobs, processes):
+            for path, digest, error in results:
+                if error:
+                    errors.append(error)
+                else:
+                    contents[path] = digest
+            bar.update(len(results))
+    return contents, errors
+
+
+def _read(records):
+    """[(path, digest or None, what is wrong or None)]."""
+    results = []
+    for record in records:
+        try:
+            read_image(record)
+            results.append((record.path, sha256_of(record.path), None))
+        except (UserError, OSError) as error:
+            results.append((record.path, None, str(error)))
+    return results
+
+
+def same_images(sources, parts, contents):
+    """(errors, notes): the same bytes in several sources, or under several names in one."""
+    places = {}
+    for source, part in zip(sources, parts, strict=True):
+        for record in part.records:
+            if record.path in contents:
+                places.setdefault(contents[record.path], []).append((source, record.path))
+    errors, notes = [], []
+    for found in (found for found in places.values() if len(found) > 1):
+        shown = "; ".join(f"{path} ({source})" for source, path in found[:4])
+        among = len({source for source, _ in found})
+        if among > 1:
+            errors.append(f"the same image is in {among} sources, so that what is tested was trained on: {shown}")
+        else:
+            notes.append(f"the same image is {len(found)} times in {found[0][0]}: {shown}")
+    return errors, notes
+
+
+if __name__ == "__main__":
+    run_script(main)

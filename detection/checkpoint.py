@@ -1,0 +1,74 @@
+"""Checkpoints of detectors: what they say of themselves, and how they become a detector again."""
+
+import dataclasses
+
+from detection.anchors import ANCHOR_SCALE, STRIDES
+from detection.backbone import DEPTHS
+from detection.detector import Architecture, Detector
+from detection.transforms import MEAN, STD
+from files import load_checkpoint
+from runtime import UserError
+
+# The parts of a description and their kinds.
+DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
+RANGES = {"channels": (32, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
+
+
+def describe_model(architecture):
+    """What a detector is, as plain values: the Architecture, and what of the anchors a teacher must share."""
+    return {**dataclasses.asdict(architecture), "strides": list(STRIDES), "anchor_scale": ANCHOR_SCALE,
+            "anchor_offset": 0}
+
+
+def describe_preprocessing(short, long):
+    """What a detector takes, as plain values: sides in pixels, means and deviations of R, G, B in 0..255."""
+    return {"short": short, "long": long, "mean": list(MEAN), "std": list(STD)}
+
+
+def load_detector(path):
+    """The Detector of a checkpoint of this project, in eval mode on the CPU, and the checkpoint's description.
+
+    Raises UserError for a file that is none, or whose weights are not those of what it says it is."""
+    content = load_checkpoint(path)
+    description = content.get("description") if isinstance(content, dict) else None
+    if not is_description(description):
+        raise UserError(f"{path}: not a detector of this project; expected final.pt or last.pt of a detection run (for "
+                        "weights of mmdet see python -m detection.convert)")
+    model = description["model"]
+    for name, expected in (("strides", list(STRIDES)), ("anchor_scale", ANCHOR_SCALE), ("anchor_offset", 0)):
+        if model.get(name) != expected:
+            raise UserError(f"{path}: its {name} is {model.get(name)}; expected {expected}")
+    fields = [field.name for field in dataclasses.fields(Architecture)]
+    network = Detector(len(description["classes"]), Architecture(**{name: model[name] for name in fields}))
+    load_state(network, content.get("model"), path)
+    return network.eval(), description
+
+
+def is_description(value):
+    """Whether `value` is what checkpoints of detectors say of themselves, each part of its kind and range."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in DESCRIPTION.items()):
+        return False
+    model, preprocessing = value["model"], value["preprocessing"]
+    in_range = all(type(model.get(name)) is int and low <= model[name] <= high for name, (low, high) in RANGES.items())
+    pixels = [preprocessing.get(name) for name in ("short", "long")]
+    return (in_range and model["channels"] % 32 == 0 and type(model.get("depth")) is int and model["depth"] in DEPTHS
+            and type(model.get("quality")) is bool and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
+            and 0 < len(value["classes"]) <= 10000 and all(isinstance(name, str) for name in value["classes"]))
+
+
+def load_state(network, state, path):
+    """Load a state dict whole into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
+    expected = network.state_dict()
+    for complaint, names in (("lacks", [name for name in expected if name not in state]),
+                             ("holds the unknown", [name for name in state if name not in expected])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path}: {complaint} {str(names[0])[:80]}{more}; expected the {len(expected)} entries of "
+                            f"a detector on ResNet-{network.architecture.depth}")
+    for name, value in expected.items():
+        found = getattr(state[name], "shape", None)
+        if found != value.shape:
+            raise UserError(f"{path}: {name} has shape {found and tuple(found)}; expected {tuple(value.shape)}")
+    network.load_state_dict(state)

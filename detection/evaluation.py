@@ -1,0 +1,132 @@
+"""How good a detector is: its detections of the test images, their AP, what an image costs, and the pictures of it."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from detection import pictures
+from detection.annotations import read_annotations
+from detection.average_precision import voc_ap
+from detection.checkpoint import load_detector
+from detection.coco_ap import coco_ap
+from detection.data import DetectionDataset, loader, read_image, test_draws
+from detection.inference import detect, inference_network
+from detection.settings import data_name
+from detection.tables import results_table
+from files import read_json, sha256_of, write_json
+from runtime import UserError, device_name, library_versions, rank, resolve_precision, say, world_size
+
+SHEET_IMAGES = 12
+
+
+def detect_all(network, annotations, preprocessing, settings, device, precision):
+    """The detections of every image of `annotations`, in their order; with several processes each takes a share, and
+    all of them return the whole.
+
+    One image at a time, as published detectors are tested: a batch's padding would be part of its group norms."""
+    network = inference_network(network, device)
+    draws = test_draws(annotations, preprocessing["short"], preprocessing["long"])[rank()::world_size()]
+    batches = loader(DetectionDataset(annotations), [[draw] for draw in draws], settings.workers, device)
+    found = {batch.indices[0]: detect(network, batch.images, batch.sizes, batch.scales, device, precision,
+                                      settings.suppression)[0] for batch in batches}
+    if world_size() > 1:
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, found)
+        found = {index: detections for share in shares for index, detections in share.items()}
+    return [found[index] for index in range(len(annotations.records))]
+
+
+def average_precisions(detections, annotations, metric):
+    """AP by the metric that settings name, as `coco_ap` and `voc_ap` return it."""
+    if metric == "coco":
+        return coco_ap(detections, annotations)
+    return voc_ap(detections, annotations, "11-point" if metric == "voc07" else "area")
+
+
+def ap_of_run(run, annotations):
+    """AP, AP50 and AP75 of the network that a run trains, for its log."""
+    found = detect_all(run.network, annotations, run.description["preprocessing"], run.settings, run.device,
+                       run.precision)
+    results = average_precisions(found, annotations, run.settings.metric)
+    return {name: results[name] for name in ("AP", "AP50", "AP75")}
+
+
+@torch.inference_mode()
+def cost(network, preprocessing, device, precision, repeats=5):
+    """Parameters, and FLOPs (2 a multiply-add) and milliseconds of a 4:3 image of the size of tests, suppression not
+    included (median of 5 after one to warm up)."""
+    short, long = preprocessing["short"], preprocessing["long"]
+    height, width = (32 * -(-side // 32) for side in (min(short, long), min(long, round(short * 4 / 3))))
+    images = torch.zeros(1, 3, height, width, device=device)
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(images)
+    answer, seconds = inference_network(network, device), []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            answer(images).logits.cpu()  # the copy waits for the device
+        seconds.append(time.perf_counter() - started)
+    return {"parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "flops": counter.get_total_flops(), "ms_per_image": round(1000 * sorted(seconds[1:])[repeats // 2], 3),
+            "cost_image_size": [height, width]}
+
+
+def test(settings, weights, device):
+    """Test a checkpoint: print the table, and write results.json, precision_recall.png and detections.png into
+    `settings.output`. The precision `auto` is fp32 here: a number that is compared with a published one should not hang
+    on the machine. Returns the results on the first process, None on the others."""
+    folder = Path(settings.output)
+    network, description = load_detector(weights)
+    annotations = read_annotations(settings.test, settings.images or None, description["classes"])
+    if not annotations.records:
+        raise UserError(f"{settings.test}: holds no image to test on")
+    precision = resolve_precision("fp32" if settings.precision == "auto" else settings.precision, device)
+    say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
+    network.to(device, memory_format=torch.channels_last)
+    preprocessing = description["preprocessing"]
+    found = detect_all(network, annotations, preprocessing, settings, device, precision)
+    if rank() != 0:
+        return None
+    results = average_precisions(found, annotations, settings.metric)
+    curves = results.pop("curves")
+    results = {
+        "dataset": data_name(settings.test), "stage": description["stage"], "epoch": description["epoch"],
+        "weights": str(weights), "weights_sha256": sha256_of(weights), **results,
+        "suppression": settings.suppression, "short": preprocessing["short"], "long": preprocessing["long"],
+        **cost(network, preprocessing, device, precision), "device": device_name(device), "precision": precision,
+        "versions": library_versions(),
+    }
+    print(results_table(results), flush=True)
+    print(f"{results['parameters'] / 1e6:.2f} M parameters, {results['flops'] / 1e9:.1f} GFLOP and "
+          f"{results['ms_per_image']} ms an image of {'x'.join(map(str, results['cost_image_size']))} ({precision}, "
+          f"{results['device']})", flush=True)
+    pictures.draw_precision_recall(curves, folder / "precision_recall.png")
+    draw_sheet(annotations, found, folder / "detections.png")
+    write_json(folder / "results.json", results)
+    print(f"written: {folder / 'results.json'}, precision_recall.png, detections.png", flush=True)
+    return results
+
+
+def draw_sheet(annotations, found, path):
+    """Twelve test images, evenly over the list, with their detections against the ground truth."""
+    count = len(annotations.records)
+    chosen = sorted({round(k * (count - 1) / (SHEET_IMAGES - 1)) for k in range(SHEET_IMAGES)})
+    rows = [(read_image(annotations.records[index]), annotations.records[index], found[index]) for index in chosen]
+    pictures.draw_sheet(rows, annotations.classes, path)
+
+
+def test_only(settings, device):
+    """`--test-only` and `python -m detection.test`: test --weights, or final.pt of --output."""
+    folder = Path(settings.output)
+    weights = Path(settings.weights or folder / "final.pt")
+    if weights.resolve().parent != folder.resolve() and (folder / "settings.json").exists():
+        raise UserError(f"{folder}: holds a run of its own; give another --output for the test of {weights}")
+    earlier = folder / "results.json"
+    if earlier.exists():
+        tested = read_json(earlier)
+        if not isinstance(tested, dict) or tested.get("weights_sha256") != sha256_of(weights):
+            raise UserError(f"{earlier}: is of other weights than {weights}; give another --output")
+    test(settings, weights, device)

@@ -1,0 +1,59 @@
+"""From a trained detector to the boxes of an image."""
+
+import torch
+
+from detection.anchors import make_anchors
+from detection.boxes import boxes_at, expected_distances
+from detection.losses import class_scores
+from detection.suppression import SUPPRESSIONS
+from detection.transforms import normalise
+from resnet50 import fold_batch_norm
+from runtime import autocast
+
+CANDIDATES = 1000  # of each level, by their highest class score
+LEAST_SCORE = 0.05
+OVERLAP = 0.6  # IoU above which the surer of two boxes of a class suppresses the other
+MOST = 100  # detections of an image
+
+
+def inference_network(network, device):
+    """A copy of a detector that only answers: in eval mode, its batch norms part of the convolutions before them."""
+    return fold_batch_norm(network).to(device, memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def detect(network, images, sizes, scales, device, precision, suppression="nms"):
+    """The detections of a batch, [{"boxes": (M, 4) xyxy in pixels of the original image, "scores": (M,) descending,
+    "labels": (M,)}], on the CPU.
+
+    images: (N, 3, H, W) uint8. sizes: [(h, w)] of the images without padding. scales: [(x, y)] of the images to the
+    original ones. suppression: a name of SUPPRESSIONS."""
+    batch = normalise(images.to(device), sizes).contiguous(memory_format=torch.channels_last)
+    with autocast(device, precision):
+        outputs = network(batch)
+    return detections(outputs, sizes, scales, suppression)
+
+
+def detections(outputs, sizes, scales, suppression="nms"):
+    """What `detect` returns, of the Outputs of a batch."""
+    anchors = make_anchors(outputs.sizes, outputs.logits.device)
+    boxes = boxes_at(anchors.centres, expected_distances(outputs.edges) * anchors.strides[:, None])  # (N, A, 4)
+    scores = class_scores(outputs)  # (N, A, C)
+    return [_detections_of_image(boxes[i], scores[i], anchors, sizes[i], scales[i], SUPPRESSIONS[suppression])
+            for i in range(len(sizes))]
+
+
+def _detections_of_image(boxes, scores, anchors, size, scale, suppress):
+    best = scores.amax(dim=1)
+    kept, start = [], 0
+    for level in best.split(anchors.counts):
+        kept.append(level.topk(min(CANDIDATES, len(level))).indices + start)
+        start += len(level)
+    kept = torch.cat(kept)
+    height, width = size
+    limits = boxes.new_tensor([width, height, width, height])
+    boxes, scores = boxes[kept].clamp(min=0).minimum(limits), scores[kept]
+    candidate, label = (scores > LEAST_SCORE).nonzero(as_tuple=True)
+    originals = boxes[candidate] / boxes.new_tensor([*scale, *scale])
+    found = suppress(originals, scores[candidate, label], label, OVERLAP, MOST)
+    return dict(zip(("boxes", "scores", "labels"), (part.cpu() for part in found), strict=True))

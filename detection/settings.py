@@ -1,0 +1,162 @@
+"""The settings of a detection stage: the values at the top of each script, the flags of the same names, and the
+published recipes."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from detection.backbone import DEPTHS
+from detection.distillation import LD_NORMS, METHODS
+from detection.losses import BOX_LOSSES
+from detection.regions import VLR_METRICS
+from detection.suppression import SUPPRESSIONS
+from flags import check_range, epochs_list, parse_flags, run_identity, setting
+from runtime import UserError
+
+# What the published schedules have in common are the defaults of Settings. Epochs are counted from 1, and lr_steps are
+# those that BEGIN with a lower learning rate: "12 epochs, steps 8 and 11" of a config are (9, 12) here.
+RECIPES = {
+    "1x": {"epochs": 12, "lr_steps": (9, 12), "short": (800, 800)},
+    "2x": {"epochs": 24, "lr_steps": (17, 23), "short": (480, 800)},
+    "voc": {"epochs": 4, "lr_steps": (4,), "short": (800, 800), "repeat": 3, "box_loss": "ciou", "metric": "voc07"},
+    "voc-teacher": {"epochs": 16, "lr_steps": (13,), "short": (800, 800), "repeat": 3, "metric": "voc07"},
+}
+METRICS = ("coco", "voc07", "voc")
+
+
+def sides(text):
+    """"800" -> (800, 800); "480,800" -> (480, 800). The type of --short."""
+    numbers = tuple(int(number) for number in text.split(","))
+    if len(numbers) not in (1, 2):
+        raise ValueError
+    return numbers[0], numbers[-1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a GFL detector. The defaults are the published ones wherever there are any."""
+
+    train: str = setting("data/mine/train.json", "what to train on: a COCO .json, a Pascal VOC image set .txt, or "
+                                                 "several joined by commas")
+    test: str = setting("data/mine/test.json", "what to test on, of the same kinds")
+    images: str = setting("", "folder of the images (default: 'images' beside the .json, JPEGImages of VOC)")
+    output: str = setting("runs/{data}/{stage}", "the stage's own folder; {data} stands for the name of the folder "
+                                                 "that --train lies in, {stage} for that of the stage")
+    recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
+        f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
+    init: str = setting("imagenet", "what the ResNet starts from: imagenet or a file, fine-tuned with its stem, layer1 "
+                                    "and batch-norm statistics frozen; or none, nothing frozen")
+    depth: int = setting(50, "of the ResNet", choices=tuple(DEPTHS))
+    channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32")
+    tower_convs: int = setting(4, "convolutions of each tower of the head")
+    reg_max: int = setting(16, "the largest distance from an anchor to a side of its box, in strides")
+    quality: bool = setting(False, "GFocal V2: the head also estimates the quality of its boxes")
+    epochs: int = setting(12, "passes over the training images")
+    batch_size: int = setting(16, "images of a step, over all processes together")
+    lr: float = setting(0.01, "learning rate for a batch of 16; for another it is scaled in proportion")
+    lr_steps: tuple = setting((9, 12), "epochs, counted from 1, that begin with a learning rate cut to a tenth",
+                              type=epochs_list)
+    warmup_steps: int = setting(500, "steps over which the learning rate rises linearly from a thousandth")
+    momentum: float = setting(0.9, "momentum of SGD")
+    weight_decay: float = setting(1e-4, "weight decay of SGD")
+    clip: float = setting(0.0, "largest norm of all gradients together; 0 for any", type=float)
+    repeat: int = setting(1, "passes over the training images that make an epoch")
+    short: tuple = setting((800, 800), "images are resized to this short side, in pixels, or in training to one drawn "
+                                       "from LOW,HIGH; tests are at the larger", type=sides)
+    long: int = setting(1333, "... unless their long side would exceed this")
+    box_loss: str = setting("giou", "loss of the boxes", choices=tuple(BOX_LOSSES))
+    suppression: str = setting("nms", "how a test thins out overlapping boxes", choices=tuple(SUPPRESSIONS))
+    metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); or of VOC since 2010 (area under the curve)",
+                          choices=METRICS)
+    test_every: int = setting(0, "also test after every so many epochs, for the curves; it chooses nothing")
+    seed: int = setting(0, "seed of everything random")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware is fast at it, and fp32 for tests",
+                             choices=("auto", "fp32", "bf16"))
+    workers: int = setting(2, "processes of each training process that load images; 0 for none")
+    save_steps: int = setting(0, "write last.pt every so many steps too, not only after every epoch")
+    tensorboard: bool = setting(False, "also write TensorBoard events (needs the package tensorboard)")
+    resume: bool = setting(False, "go on with the run in --output from its last checkpoint, if it has one")
+    test_only: bool = setting(False, "train nothing: test --weights and write results.json")
+    weights: str = setting("", "checkpoint to test (default: final.pt of --output)")
+
+
+@dataclass(frozen=True)
+class LDSettings(Settings):
+    """The settings of a GFL detector that a frozen teacher teaches."""
+
+    teacher: str = setting("runs/{data}/teacher/final.pt", "checkpoint of the teacher")
+    lambda_ld_main: float = setting(0.25, "weight of LD on the main region, the positive anchors")
+    lambda_ld_vlr: float = setting(0.25, "weight of LD on the valuable localization region")
+    lambda_kd_main: float = setting(10.0, "weight of the classification's distillation on the main region")
+    lambda_kd_vlr: float = setting(0.0, "... on the valuable localization region (the released code has 0)")
+    ld_temperature: float = setting(10.0, "temperature of LD")
+    kd_temperature: float = setting(2.0, "temperature of the classification's distillation")
+    ld_norm: str = setting("none", "what LD's sums are divided by: none (published), or avg_factor as GFL's box losses",
+                           choices=LD_NORMS)
+    gamma: float = setting(0.25, "how far down the valuable region reaches, as a share of ATSS's threshold")
+    vlr_metric: str = setting("diou", "measure of the valuable region: diou (paper) or iof_parity (released code)",
+                              choices=VLR_METRICS)
+    imitation: str = setting("none", "where the features of the pyramid imitate the teacher's",
+                             choices=("none", *METHODS))
+    lambda_imitation: float = setting(2.0, "weight of the imitation")
+
+
+# Changing these does not make it another run.
+NOT_PART_OF_A_RUN = ("train", "test", "images", "output", "recipe", "device", "workers", "save_steps", "tensorboard",
+                     "resume", "test_only", "weights", "suppression", "metric", "test_every", "teacher")
+
+
+def parse_settings(stage, settings, description, argv=None):
+    """The settings of a stage script as changed by its flags, checked, with its folder names filled in.
+
+    stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
+    given = parse_flags(dataclasses.fields(settings), description, argv)
+    recipe = RECIPES.get(given.get("recipe"), {})
+    settings = dataclasses.replace(settings, **{**recipe, **given})
+    names = {"{data}": data_name(settings.train), "{stage}": stage}
+    paths = {}
+    for name in ("output", "teacher"):
+        value = getattr(settings, name, None)
+        for placeholder, text in names.items():
+            value = value and value.replace(placeholder, text)
+        if value is not None:
+            paths[name] = value
+    settings = dataclasses.replace(settings, **paths)
+    check_ranges(settings)
+    return settings
+
+
+def data_name(source):
+    """The name of the folder that a source lies in: VOC2007 for VOC2007/ImageSets/Main/trainval.txt, mine for
+    mine/train.json and mine/annotations/train.json."""
+    folder = Path(source.split(",")[0]).resolve().parent
+    while folder.name in ("annotations", "Main", "ImageSets"):
+        folder = folder.parent
+    return folder.name
+
+
+def check_ranges(settings):
+    """Raise UserError for the first setting that is out of its range."""
+    ranges = (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 32, 4096), ("tower_convs", 0, 16),
+              ("reg_max", 4, 64), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
+              ("weight_decay", 0, 1e3), ("clip", 0, 1e9), ("repeat", 1, 1e6), ("long", 32, 1e5), ("workers", 0, 1024),
+              ("test_every", 0, 1e6), ("save_steps", 0, 1e9))
+    if isinstance(settings, LDSettings):
+        ranges += (*((name, 0, 1e6) for name in ("lambda_ld_main", "lambda_ld_vlr", "lambda_kd_main", "lambda_kd_vlr",
+                                                 "lambda_imitation")),
+                   ("ld_temperature", 1e-3, 1e6), ("kd_temperature", 1e-3, 1e6), ("gamma", 0, 1))
+    for name, low, high in ranges:
+        check_range(settings, name, low, high)
+    low, high = settings.short
+    if not 32 <= low <= high <= 1e5:
+        raise UserError(f"--short {low},{high}: expected one side of 32 to 100000 pixels, or two, the smaller first")
+    if settings.channels % 32:
+        raise UserError(f"--channels {settings.channels}: expected a multiple of 32, the groups of the group norms")
+
+
+def identity(stage, settings, precision, data, **more):
+    """The plain values that make a run what it is: two runs with equal ones compute the same on the same device.
+
+    precision: what `auto` came to. data: the fingerprint of what it trains on. more: that of the teacher's weights."""
+    return run_identity(stage, settings, NOT_PART_OF_A_RUN, precision=precision, data=data, **more)
