@@ -81,7 +81,7 @@ def stage_step(name, folder, info, size, batch_size, precision, device, compiled
     """A function that does the next training step of a stage, as its script would."""
     run = stage_run(STEPS[name], folder, info, size, batch_size, precision, device, compile=compiled,
                     feature_cache=100.0 if "kept" in name else 0.0)
-    trained = trained_form(run).train()
+    trained = trained_form(run, run.settings.compile).train()
     batches = (batch for _ in cycle([0]) for batch in run.sampler)
     return lambda: train_step(run, trained, next(batches))
 

@@ -11,7 +11,7 @@ from runtime import UserError
 
 # The parts of a description and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
-RANGES = {"channels": (32, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
+RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
 
 
 def describe_model(architecture):

@@ -126,7 +126,7 @@ def tank_sprite(rng, diameter, floating, colour, sun):
 
 
 def building_sprite(rng, length, ratio, heading, sun):
-    """A building with a gabled roof, a flat roof or, at random too, a stack of containers instead."""
+    """A building with a gabled or a flat roof, or a stack of containers."""
     roof, shade = rng.integers(3), rng.uniform(10, 40) * rng.choice([-1, 1])
 
     def paint(pen, rng):
@@ -145,7 +145,7 @@ def building_sprite(rng, length, ratio, heading, sun):
 
 
 def car_sprite(rng, length, heading, sun):
-    """A car: a bright or dark block with a windscreen."""
+    """A car: a block with a windscreen."""
     def paint(pen, rng):
         pen.polygon(CORNERS, 0)
         pen.rectangle(0.1, 0.28, -0.8, 0.8, -70)

@@ -47,7 +47,7 @@ class Settings:
     init: str = setting("imagenet", "what the ResNet starts from: imagenet or a file, fine-tuned with its stem, layer1 "
                                     "and batch-norm statistics frozen; or none, nothing frozen")
     depth: int = setting(50, "of the ResNet", choices=tuple(DEPTHS))
-    channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32")
+    channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32, at least 64")
     tower_convs: int = setting(4, "convolutions of each tower of the head")
     reg_max: int = setting(16, "the largest distance from an anchor to a side of its box, in strides")
     quality: bool = setting(False, "GFocal V2: the head also estimates the quality of its boxes")
@@ -138,7 +138,7 @@ def data_name(source):
 
 def check_ranges(settings):
     """Raise UserError for the first setting that is out of its range."""
-    ranges = (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 32, 4096), ("tower_convs", 0, 16),
+    ranges = (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 64, 4096), ("tower_convs", 0, 16),
               ("reg_max", 4, 64), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
               ("weight_decay", 0, 1e3), ("clip", 0, 1e9), ("repeat", 1, 1e6), ("long", 32, 1e5), ("workers", 0, 1024),
               ("test_every", 0, 1e6), ("save_steps", 0, 1e9))

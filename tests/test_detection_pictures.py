@@ -182,8 +182,8 @@ def test_charts_are_drawn(tmp_path):
     for name, value in (("many", curves), ("nothing found", empty), ("no class", {})):
         pictures.draw_precision_recall(value, tmp_path / f"{name}.png")
         assert min(opened(tmp_path / f"{name}.png").size) > 400
-    log = [{"epoch": 1, "lr": 0.01, "loss": 2.0, "loss_cls": 1.0, "loss_kd": 0.0, "seconds": 3, "AP": None},
-           {"epoch": 2, "lr": 0.001, "loss": 1.0, "loss_cls": 0.5, "loss_kd": 0.0, "AP": 0.0, "AP50": 0.2}]
+    log = [{"epoch": 1, "lr": 0.01, "loss": 2.0, "qfl": 1.0, "kd_main": 0.0, "seconds": 3, "AP": None},
+           {"epoch": 2, "lr": 0.001, "loss": 1.0, "qfl": 0.5, "kd_main": 0.0, "AP": 0.0, "AP50": 0.2}]
     pictures.draw_curves(log, tmp_path / "curves.png")
     pictures.draw_curves(log[:1], tmp_path / "first.png")
     curves, first = opened(tmp_path / "curves.png"), opened(tmp_path / "first.png")

@@ -1,0 +1,177 @@
+"""What a training step of the detectors costs: GFL, GFL taught by LD, and torchvision's FCOS on the same ResNet and
+images; and what the ways of suppression cost.
+
+    python -m benchmarks.bench_detection
+    python -m benchmarks.bench_detection --depth 18 --teacher-depth 50 --height 320 --width 320 --batch-size 4
+
+A step is that of `detection.engine.train_step` on drawn noise with random boxes; weights are random, which changes no
+time. Every ResNet has its stem, layer1 and batch-norm statistics frozen."""
+
+import torch
+from torchvision.models import get_model
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.fcos import FCOS
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from benchmarks.common import finish, interleaved, parser, print_table, set_up
+from detection.anchors import make_anchors
+from detection.assignment import assign_batch
+from detection.data import Batch
+from detection.detector import Architecture, Detector, Outputs
+from detection.engine import DetectionRun, train_step
+from detection.losses import gfl_losses
+from detection.settings import LDSettings
+from detection.suppression import SUPPRESSIONS
+from detection.transforms import MEAN, STD
+from resnet50 import fold_batch_norm
+from runtime import autocast, resolve_precision, run_script
+
+CLASSES, OBJECTS = 15, 20  # of an image: DOTA's classes
+
+
+def draw_boxes(count, height, width, generator):
+    """(count, 4) boxes of 8 to 256 pixels within an image."""
+    sides = 8 * 32 ** torch.rand(count, 2, generator=generator)
+    corners = torch.rand(count, 2, generator=generator) * (torch.tensor([width, height]) - sides).clamp(min=0)
+    return torch.cat([corners, (corners + sides).minimum(torch.tensor([width, height]))], dim=1)
+
+
+def draw_batch(args):
+    """A data.Batch of noise."""
+    generator, size = torch.Generator().manual_seed(0), (args.height, args.width)
+    images = torch.randint(0, 256, (args.batch_size, 3, *size), dtype=torch.uint8, generator=generator)
+    boxes = [draw_boxes(OBJECTS, *size, generator) for _ in images]
+    labels = [torch.randint(0, CLASSES, (OBJECTS,), generator=generator) for _ in images]
+    return Batch(images, boxes, labels, [size] * args.batch_size, list(range(args.batch_size)),
+                 [(1.0, 1.0)] * args.batch_size)
+
+
+def our_step(args, batch, device, precision, teacher=None):
+    """A function that does a training step of GFL, with a teacher of LD."""
+    network = Detector(CLASSES, Architecture(args.depth), frozen=True).to(device, memory_format=torch.channels_last)
+    run = DetectionRun(name="gfl", settings=LDSettings(lr=1e-6), device=device, precision=precision, network=network,
+                       optimizer=sgd(network), sampler=[0], description={}, train=None, test=None, teacher=teacher)
+    network.train()
+    return lambda: train_step(run, network, batch)
+
+
+def sgd(network):
+    """The optimizer of every contestant."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
+
+
+def fcos_step(args, batch, device, precision):
+    """A function that does a training step of torchvision's FCOS."""
+    resnet = get_model(f"resnet{args.depth}", weights=None)
+    channels = resnet.fc.in_features
+    body = _resnet_fpn_extractor(resnet, 3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(channels, 256))
+    mean, std = ([value / 255 for value in values] for values in (MEAN, STD))
+    network = FCOS(body, CLASSES, min_size=args.height, max_size=args.width, image_mean=mean, image_std=std)
+    network.to(device, memory_format=torch.channels_last).train()
+    for module in network.backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    optimizer = sgd(network)
+
+    def step():
+        images = batch.images.to(device).float().div(255).contiguous(memory_format=torch.channels_last)
+        targets = [{"boxes": boxes.to(device), "labels": labels.to(device)}
+                   for boxes, labels in zip(batch.boxes, batch.labels, strict=True)]
+        with autocast(device, precision):
+            losses = network(list(images), targets)
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    return step
+
+
+def loss_step(args, batch, device):
+    """A function that assigns the anchors of a batch and computes the losses of GFL with their gradients, the network
+    left out."""
+    sizes = [(-(-args.height // stride), -(-args.width // stride)) for stride in (8, 16, 32, 64, 128)]
+    anchors = make_anchors(sizes, device)
+    shape = (args.batch_size, len(anchors.boxes))
+    logits = torch.full((*shape, CLASSES), -4.6, device=device, requires_grad=True)
+    edges = torch.randn((*shape, 4, 17), device=device, requires_grad=True)
+    boxes, labels = [[part.to(device) for part in parts] for parts in (batch.boxes, batch.labels)]
+
+    def step():
+        targets = assign_batch(anchors, boxes, labels, batch.sizes, CLASSES)
+        sum(gfl_losses(Outputs(logits, edges, []), targets, anchors).values()).backward()
+
+    return step
+
+
+def forward_step(teacher, batch, device, precision):
+    """A function that asks a teacher."""
+    images = batch.images.to(device).float().contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def step():
+        with autocast(device, precision):
+            teacher(images)
+
+    return step
+
+
+def measure_steps(args, device, precision):
+    """Rows of the table of training steps."""
+    batch = draw_batch(args)
+    teacher = fold_batch_norm(Detector(CLASSES, Architecture(args.teacher_depth))).requires_grad_(False)
+    teacher.to(device, memory_format=torch.channels_last)
+    seconds = interleaved({
+        "FCOS, torchvision": fcos_step(args, batch, device, precision),
+        "GFL": our_step(args, batch, device, precision),
+        "GFL with LD": our_step(args, batch, device, precision, teacher),
+        "the teacher's forward": forward_step(teacher, batch, device, precision),
+        "assignment and losses of GFL": loss_step(args, batch, device),
+    }, args.repeats, device)
+    fcos, gfl, taught = (seconds[name] for name in ("FCOS, torchvision", "GFL", "GFL with LD"))
+    goals = {"GFL": ("FCOS", gfl / fcos, 1.15),
+             "GFL with LD": ("GFL and the teacher's forward", taught / (gfl + seconds["the teacher's forward"]), 1.05),
+             "assignment and losses of GFL": ("GFL", seconds["assignment and losses of GFL"] / gfl,
+                                              0.10 if device.type == "cuda" else None)}
+    return [{"step": name, "ms": round(1000 * taken, 1), "times": goals.get(name, (None,))[0],
+             "ratio": round(goals[name][1], 3) if name in goals else None, "goal": goals.get(name, (0, 0, None))[2]}
+            for name, taken in seconds.items()]
+
+
+def measure_suppression(device, repeats):
+    """Rows: milliseconds of the ways of suppression on so many boxes of one class around 300 objects."""
+    rows = []
+    for count in (1000, 5000):
+        generator = torch.Generator().manual_seed(0)
+        objects = draw_boxes(300, 800, 1333, generator)
+        boxes = objects[torch.randint(0, 300, (count,), generator=generator)]
+        boxes = (boxes + 4 * torch.randn(count, 4, generator=generator)).to(device)
+        scores, labels = torch.rand(count, generator=generator).to(device), torch.zeros(count, dtype=torch.int64)
+        labels = labels.to(device)
+        seconds = interleaved({name: (lambda suppress=suppress, found=(boxes, scores, labels): suppress(*found))
+                               for name, suppress in SUPPRESSIONS.items()}, repeats, device)
+        rows += [{"suppression": name, "boxes": count, "ms": round(1000 * taken, 2),
+                  "times nms": round(taken / seconds["nms"], 2)} for name, taken in seconds.items()]
+    return rows
+
+
+def main():
+    flags = parser(__doc__, "detection")
+    flags.add_argument("--depth", type=int, default=50, choices=(18, 34, 50, 101))
+    flags.add_argument("--teacher-depth", type=int, default=101, choices=(18, 34, 50, 101))
+    flags.add_argument("--height", type=int, default=800)
+    flags.add_argument("--width", type=int, default=1344)
+    flags.add_argument("--batch-size", type=int, default=2)
+    flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    args = flags.parse_args()
+    device = set_up(args)
+    precision = resolve_precision(args.precision, device)
+    suppression = measure_suppression(device, max(args.repeats, 7))
+    print_table(suppression)
+    steps = measure_steps(args, device, precision)
+    finish(args, device, f"a training step of {args.batch_size} images of {args.height}x{args.width}, ResNet-"
+           f"{args.depth}, teacher ResNet-{args.teacher_depth}, {precision}", steps, suppression=suppression)
+
+
+if __name__ == "__main__":
+    run_script(main)
