@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo demo-detection test clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -22,9 +22,21 @@ demo: .venv/installed
 	  --image-size 64 --batch-size 16 --epochs 9 --schedule one-cycle --lr 0.01
 	@echo "the drawn ships: data/demo_images/sheet.png"
 
+SCENES = --train data/demo_scenes/train.json --test data/demo_scenes/test.json --resume --init none --channels 64 \
+  --tower-convs 2 --short 192 --long 192 --epochs 14 --lr-steps 11,14 --batch-size 4 --lr 0.04 --clip 35 \
+  --warmup-steps 60 --workers 0
+
+demo-detection: .venv/installed
+	$(BIN)/python -m detection.demo_data data/demo_scenes --size 192
+	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 34 --output runs/demo_detection/teacher
+	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 18 --output runs/demo_detection/gfl
+	$(BIN)/python -m detection.train_ld $(SCENES) --depth 18 --output runs/demo_detection/ld \
+	  --teacher runs/demo_detection/teacher/final.pt
+	@echo "detections against ground truth: runs/demo_detection/ld/detections.png"
+
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv data/demo data/demo_images runs/demo
+	rm -rf .venv data/demo data/demo_images data/demo_scenes runs/demo runs/demo_detection

@@ -151,8 +151,15 @@ def export(args):
 
 
 def publish(args):
-    """`publish`: the same weights and description give the same bytes, and so the same name."""
+    """`publish`."""
     network, description = load_classifier(args.weights, args.data_root, args.image_size)
+    write_published(network, description, args)
+
+
+def write_published(network, description, args):
+    """Write a network as it is published. The same weights and description give the same bytes, and so the same name.
+
+    args: has `weights`, the file the network is of, and `output`, a folder or None for that file's own."""
     model = {name: value.contiguous() for name, value in network.state_dict().items()}
     content = io.BytesIO()  # a file's own name would become part of its bytes
     torch.save({"model": model, "description": without_paths(description)}, content)

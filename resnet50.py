@@ -68,7 +68,7 @@ def read_weights(path):
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
         raise UserError(f"{path}: not a state dict; expected names with tensors, or a checkpoint of this project")
     for name, value in content.items():
-        if not _is_stored_whole(value):
+        if not is_stored_whole(value):
             raise UserError(f"{path}: {name[:80]} is no dense tensor of numbers ({value.layout}, {value.dtype})")
     state = dict(content)
     if all(name.startswith("module.") for name in state):
@@ -90,7 +90,7 @@ def is_description(value):
                     for ids in value["groups"].values()))
 
 
-def _is_stored_whole(tensor):
+def is_stored_whole(tensor):
     """Whether a tensor is dense numbers, each of them in the file: neither sparse, quantised or complex, nor a few
     numbers that claim to be many."""
     return (tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in NUMBERS

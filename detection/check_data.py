@@ -14,8 +14,9 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from detection.annotations import Findings, for_training, read_annotations
+from detection.annotations import for_training, read_annotations
 from detection.data import read_image
+from detection.records import Findings
 from files import sha256_of
 from image_cache import in_processes
 from runtime import UserError, run_script

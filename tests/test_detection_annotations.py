@@ -12,7 +12,9 @@ from conftest import PROJECT, run_program
 from PIL import Image
 
 from detection import check_data
-from detection.annotations import Findings, fingerprint, for_training, parse_xml, read_annotations
+from detection.annotations import fingerprint, for_training, read_annotations
+from detection.records import Findings
+from detection.voc_files import parse_xml
 from runtime import UserError, run_script
 
 DATA = Path(os.environ.get("AERIAL_DATA") or PROJECT.parent / "shared" / "data")

@@ -9,9 +9,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.annotations import Annotations, Record
 from detection.average_precision import IOU_THRESHOLDS, average_precision, envelope, match, voc_ap
 from detection.coco_ap import STATS, coco_ap
+from detection.records import Annotations, Record
 from detection.tables import results_table
 
 CLASSES = ["ship", "plane", "harbour", "bridge"]

@@ -14,8 +14,8 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from detection import data
-from detection.annotations import Annotations, Record
 from detection.data import AspectRatioBatchSampler, DetectionDataset, Draw, collate, loader
+from detection.records import Annotations, Record
 from detection.transforms import MEAN, STD, decode_rgb, flip, normalise, pad_to_batch, resize, target_size
 from runtime import UserError
 

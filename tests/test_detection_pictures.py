@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from detection import pictures
-from detection.annotations import Record
+from detection.records import Record
 from runtime import UserError
 
 CLASSES = ["ship", "storage tank", "a class with a name that is longer than most pictures are wide"]

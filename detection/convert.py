@@ -1,0 +1,209 @@
+"""A GFL, GFocal V2 or LD detector that mmdetection trained, as a checkpoint of this project.
+
+    python -m detection.convert gfl_r50_fpn_1x_coco.pth runs/coco/gfl_r50.pt
+    python -m detection.convert latest.pth runs/mine/teacher.pt --classes names.txt --short 640 --long 1000
+
+ResNet-18, 34, 50 or 101 with its stride in the 3x3 convolutions, pyramid from P3 to P7. Sizes are taken from the
+weights, names of classes from the file, if it has them, or from --classes. The result can be tested, published, and be
+a teacher.
+
+A file that holds more than tensors and plain types is not read, as that could run code. Where mmdetection is installed
+and the file is trusted, its state_dict alone can be saved again."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import torch
+from torchvision.models.resnet import Bottleneck
+
+from dataset import list_lines
+from detection.backbone import DEPTHS
+from detection.checkpoint import describe_model, describe_preprocessing, is_description
+from detection.detector import Architecture, Detector
+from files import load_checkpoint, save_checkpoint, sha256_of
+from resnet50 import is_stored_whole
+from runtime import UserError, run_script
+
+# Ours, as a pattern, and theirs. The ResNet has the same names in both; `head.scales` is one entry for all levels here,
+# and one for each there.
+NAMES = (
+    (r"neck\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"),
+    (r"neck\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
+    (r"neck\.extra\.0", r"neck.fpn_convs.3.conv"),
+    (r"neck\.extra\.1", r"neck.fpn_convs.4.conv"),
+    (r"head\.class_tower\.(\d+)\.0", r"bbox_head.cls_convs.\1.conv"),
+    (r"head\.class_tower\.(\d+)\.1", r"bbox_head.cls_convs.\1.gn"),
+    (r"head\.box_tower\.(\d+)\.0", r"bbox_head.reg_convs.\1.conv"),
+    (r"head\.box_tower\.(\d+)\.1", r"bbox_head.reg_convs.\1.gn"),
+    (r"head\.classify", r"bbox_head.gfl_cls"),
+    (r"head\.regress", r"bbox_head.gfl_reg"),
+    (r"head\.quality", r"bbox_head.reg_conf"),
+)
+SCALES, SCALE = "head.scales", "bbox_head.scales.{}.scale"
+# LD's teacher, what is computed and not learned, and the classifier of ImageNet.
+LEFT_OUT = ("teacher_model.", "teacher.", "bbox_head.integral.project", "backbone.fc.")
+CLASSIFY, REGRESS, QUALITY = (f"bbox_head.{name}.weight" for name in ("gfl_cls", "gfl_reg", "reg_conf.0"))
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def mmdet_name(name):
+    """What mmdetection calls an entry of a Detector's state dict."""
+    for ours, theirs in NAMES:
+        name = re.sub(f"^{ours}(?=\\.)", theirs, name)
+    return name
+
+
+def to_mmdet(state):
+    """The state dict of a Detector in mmdetection's names."""
+    scales = {SCALE.format(level): scale for level, scale in enumerate(state[SCALES])}
+    return {mmdet_name(name): value for name, value in state.items() if name != SCALES} | scales
+
+
+def from_mmdet(state, names):
+    """The inverse of `to_mmdet`. names: of the entries of the Detector."""
+    scales = [state[SCALE.format(level)] for level in range(sum(name.endswith(".scale") for name in state))]
+    return {name: torch.stack(scales) if name == SCALES else state[mmdet_name(name)] for name in names}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_mmdet(path):
+    """A file of mmdetection as (state dict, names of the classes or None), without what a Detector does not have.
+
+    Raises UserError for what is no such file, and for what a Detector has no counterpart of."""
+    content = load_checkpoint(path)
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: holds no weights; expected a state dict, or one under 'state_dict' as mmdetection "
+                        "writes it")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(LEFT_OUT)}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or not is_stored_whole(value):
+            raise UserError(f"{path}: {name[:80]} is no dense tensor of numbers; expected a state dict")
+        if re.search(r"conv2?_offset", name):
+            raise UserError(f"{path}: holds {name[:80]}; deformable convolutions are not supported yet")
+    return state, named_classes(content.get("meta"))
+
+
+def named_classes(meta):
+    """The names of the classes in the `meta` of a checkpoint (mmdetection 2: CLASSES; 3: dataset_meta), or None."""
+    meta = meta if isinstance(meta, dict) else {}
+    inner = meta.get("dataset_meta")
+    for place in (meta, inner if isinstance(inner, dict) else {}):
+        for key in ("CLASSES", "classes"):
+            if isinstance(place.get(key), (list, tuple)):
+                return list(place[key])
+    return None
+
+
+def read_architecture(state, path):
+    """(Architecture, number of classes) that a state dict of mmdetection has by its names and shapes.
+
+    Raises UserError if it is no GFL detector, or on another ResNet than ours."""
+    for name in (CLASSIFY, REGRESS):
+        if name not in state or state[name].ndim != 4:
+            raise UserError(f"{path}: lacks {name}; expected a GFL, GFocal V2 or LD detector of mmdetection")
+    blocks = count(state, "backbone.layer3.{}.conv1.weight")
+    bottleneck = "backbone.layer3.0.conv3.weight" in state
+    depths = [depth for depth, (block, numbers, _) in DEPTHS.items()
+              if (numbers[2], block is Bottleneck) == (blocks, bottleneck)]
+    if not depths:
+        raise UserError(f"{path}: its backbone has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in layer3; "
+                        f"expected a ResNet-{', '.join(map(str, DEPTHS))}")
+    num_classes, channels = state[CLASSIFY].shape[:2]
+    return Architecture(depths[0], channels, count(state, "bbox_head.cls_convs.{}.conv.weight"),
+                        len(state[REGRESS]) // 4 - 1, QUALITY in state), num_classes
+
+
+def count(state, template):
+    """How many names of `state` are `template` with a number."""
+    pattern = re.escape(template).replace(r"\{\}", r"\d+")
+    return sum(re.fullmatch(pattern, name) is not None for name in state)
+
+
+def check_classes(classes, num_classes, path, source):
+    """Raise UserError unless `classes` are the names of so many classes. source: where they stand, None for nowhere."""
+    if classes is None:
+        raise UserError(f"{path}: does not name its {num_classes} classes; give a text file with one name a line as "
+                        "--classes")
+    if len(classes) != num_classes:
+        raise UserError(f"{source}: names {len(classes)} classes; expected {num_classes}, as {path} has")
+    wrong = [name for name in classes if not isinstance(name, str) or not name.strip() or not name.isprintable()]
+    wrong += [name for number, name in enumerate(classes) if name in classes[:number]]
+    if wrong:
+        raise UserError(f"{source}: {str(wrong[0])[:80]!r} is no name, or not of one class alone; expected "
+                        f"{num_classes} different names")
+
+
+def check_entries(state, expected, path):
+    """Raise UserError naming the first entry that is missing, unknown or misshapen. expected: {name: tensor}."""
+    for complaint, names in (("lacks", [name for name in expected if name not in state]),
+                             ("holds the unknown", [name for name in state if name not in expected])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path}: {complaint} {names[0][:80]}{more}; expected the {len(expected)} entries of such a "
+                            "detector in mmdetection")
+    for name, value in expected.items():
+        if state[name].shape != value.shape:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}; expected {tuple(value.shape)}")
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def convert(path, classes_file, short, long):
+    """The checkpoint of a Detector of a file of mmdetection, as `save_checkpoint` takes it.
+
+    classes_file: None, or a text file with the names of the classes. short, long: limits of an image's sides in pixels
+    (see `transforms.target_size`)."""
+    state, classes = read_mmdet(path)
+    if classes_file:
+        classes = [name for _, name in list_lines(classes_file)]
+    architecture, num_classes = read_architecture(state, path)
+    check_classes(classes, num_classes, path, classes_file or path)
+    description = {"stage": "converted", "classes": classes, "model": describe_model(architecture),
+                   "preprocessing": describe_preprocessing(short, long), "epoch": 0, "source_sha256": sha256_of(path)}
+    if not is_description(description):
+        raise UserError(f"{path}: has {architecture.channels} channels, towers of {architecture.tower_convs} "
+                        f"convolutions, distances to {architecture.reg_max} and {num_classes} classes; this project "
+                        "has no such detectors")
+    with torch.device("meta"):  # names and shapes alone
+        ours = Detector(num_classes, architecture).state_dict()
+    check_entries(state, to_mmdet(ours), path)
+    model = from_mmdet(state, ours)
+    model = {name: value.to(ours[name].dtype).clone(memory_format=torch.contiguous_format)
+             for name, value in model.items()}
+    return {"model": model, "description": description}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", metavar="FILE", help="checkpoint or state dict of mmdetection")
+    parser.add_argument("output", metavar="OUTPUT", help="the checkpoint to write")
+    parser.add_argument("--classes", metavar="NAMES", help="text file with the names of the classes, one a line, in the "
+                        "order of their ids (default: as FILE names them)")
+    parser.add_argument("--short", type=int, default=800, help="tests resize images to this short side, in pixels "
+                        "(default: 800)")
+    parser.add_argument("--long", type=int, default=1333, help="... unless their long side would exceed this (default: "
+                        "1333)")
+    args = parser.parse_args(argv)
+    if not all(32 <= side <= 100_000 for side in (args.short, args.long)):
+        raise UserError(f"--short {args.short} --long {args.long}: expected 32 to 100000 pixels")
+    if Path(args.output).exists() and os.path.samefile(args.weights, args.output):
+        raise UserError(f"{args.output}: is the file to convert; give another name")
+    checkpoint = convert(args.weights, args.classes, args.short, args.long)
+    save_checkpoint(args.output, checkpoint)
+    description = checkpoint["description"]
+    model = description["model"]
+    print(f"{args.output}: GFL{' with quality (GFocal V2)' * model['quality']} on ResNet-{model['depth']}, "
+          f"{len(description['classes'])} classes, {len(checkpoint['model'])} entries")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,147 @@
+"""Find objects in images of your own: a line an image, pictures with the boxes drawn, and JSON.
+
+    python -m detection.predict --weights runs/mine/ld/final.pt photo.png folder_of_images/
+    python -m detection.predict --weights FILE list.txt --output found/ --json found.json --least-score 0.5
+
+Images of any size, which are resized as in the detector's tests. A list is a text file (.txt) with one path a line, seen
+from its own folder. Boxes are in pixels of the image as its file stores it: an EXIF orientation is not applied.
+
+Lines and pictures show the objects with a score of at least --least-score, the JSON all that the detector finds. A
+picture keeps the name of its image; images of several folders keep their folders below the one that holds them all.
+What is neither JPEG nor PNG becomes NAME.png. An image that cannot be read is reported and left out, and makes the exit
+status 1."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from detection.checkpoint import load_detector
+from detection.inference import LEAST_SCORE, MOST, detect, inference_network
+from detection.pictures import draw_boxes
+from detection.suppression import SUPPRESSIONS
+from detection.transforms import decode_rgb, pad_to_batch, resize, target_size
+from files import atomic_path, write_json
+from image_cache import unreadable
+from predict import find_images
+from runtime import UserError, resolve_device, resolve_precision, run_script
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
+
+
+def resized(image, preprocessing):
+    """An image as a detector sees it, (3, h, w) uint8, and its size relative to the original, (x, y).
+
+    image: (3, H, W) uint8. preprocessing: of the detector's description."""
+    height, width = image.shape[-2:]
+    size = target_size(height, width, preprocessing["short"], preprocessing["long"])
+    return resize(image, torch.zeros(0, 4), size)[0], (size[1] / width, size[0] / height)
+
+
+def predict(network, files, preprocessing, device, precision, suppression):
+    """Yield (file, image, detections, None) for each file in order, or (file, None, None, what is wrong).
+
+    network: as `inference.inference_network` gives it. image: (3, height, width) uint8. detections: as `detect` gives
+    them, of one image at a time, for the padding of a batch would be part of its group norms."""
+    for file in files:
+        try:
+            image = decode_rgb(file)
+        except Exception as error:  # a damaged file can make a decoder raise anything
+            yield file, None, None, unreadable(error) if os.path.isfile(file) else "no such image"
+            continue
+        seen, scale = resized(image, preprocessing)
+        images, sizes = pad_to_batch([seen])
+        yield file, image, detect(network, images, sizes, [scale], device, precision, suppression)[0], None
+
+
+def picture_paths(files, folder):
+    """{file: path of its picture}, a path of its own for each file, and none of them that of an image.
+
+    Raises UserError where a picture would take the place of an image."""
+    places = {file: Path(os.path.abspath(file)) for file in files}
+    root = os.path.commonpath([place.parent for place in places.values()])
+    images = {(status.st_dev, status.st_ino) for status in (os.stat(file) for file in files if os.path.isfile(file))}
+    pictures, taken = {}, {}
+    for file, place in places.items():
+        picture = Path(folder) / place.relative_to(root)
+        if picture.suffix.lower() not in FORMATS:
+            picture = picture.with_name(f"{picture.name}.png")
+        while taken.setdefault(picture, place) != place:  # ship.tif beside ship.tif.png
+            picture = picture.with_name(f"{picture.stem}_{picture.suffix}")
+        if os.path.isfile(picture) and (os.stat(picture).st_dev, os.stat(picture).st_ino) in images:
+            raise UserError(f"--output {folder}: {picture} is one of the images; give a folder of its own")
+        pictures[file] = picture
+    return pictures
+
+
+def save_picture(picture, path):
+    """Write a PIL image as the suffix of `path` says."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format=FORMATS[path.suffix.lower()], quality=95)
+
+
+def in_words(labels, classes):
+    """`3 objects: 2 plane, 1 ship`. labels: ids of classes."""
+    counts = Counter(labels).most_common()
+    return f"{len(labels)} object{'' if len(labels) == 1 else 's'}" + ": " * bool(counts) + ", ".join(
+        f"{count} {classes[label]}" for label, count in counts)
+
+
+def as_rows(found, classes):
+    """Detections of an image as plain values, the surest first."""
+    columns = (found[name].tolist() for name in ("labels", "scores", "boxes"))
+    return [{"id": label, "class": classes[label], "score": round(score, 6), "box": [round(side, 3) for side in box]}
+            for label, score, box in zip(*columns, strict=True)]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
+    add("--weights", required=True, help="checkpoint of a detector")
+    add("--output", metavar="FOLDER", default="runs/detections", help="where to write the pictures (default: "
+        "runs/detections)")
+    add("--json", metavar="FILE", help=f"also write every detection with a score above {LEAST_SCORE}, at most {MOST} "
+        "an image: class, score and box (x1, y1, x2, y2, in pixels)")
+    add("--least-score", type=float, default=0.3, help="of what is counted and drawn, 0 to 1 (default: 0.3)")
+    add("--suppression", default="nms", choices=tuple(SUPPRESSIONS), help="how overlapping boxes are thinned out")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--precision", default="auto", help="fp32, bf16 or auto")
+    args = parser.parse_args(argv)
+    if not 0 <= args.least_score <= 1:
+        raise UserError(f"--least-score {args.least_score:g}: expected 0 to 1")
+    return args
+
+
+def main(argv=None):
+    """Returns 1 if an image could not be read, else 0."""
+    args = parse(argv)
+    device = resolve_device(args.device)
+    precision = resolve_precision(args.precision, device)
+    network, description = load_detector(args.weights)
+    network, classes = inference_network(network, device), description["classes"]
+    files, rows = find_images(args.images), []
+    pictures = picture_paths(files, args.output)
+    for file, image, found, reason in predict(network, files, description["preprocessing"], device, precision,
+                                              args.suppression):
+        if reason:
+            print(f"{file}: {reason}", file=sys.stderr)
+            rows.append({"path": str(file), "error": reason})
+            continue
+        sure = {name: values[found["scores"] >= args.least_score] for name, values in found.items()}
+        print(f"{file}: {in_words(sure['labels'].tolist(), classes)}", flush=True)
+        save_picture(draw_boxes(image, **sure, classes=classes), pictures[file])
+        rows.append({"path": str(file), "width": image.shape[2], "height": image.shape[1],
+                     "detections": as_rows(found, classes)})
+    if args.json:
+        write_json(args.json, rows)
+    count = len({pictures[Path(row["path"])] for row in rows if "error" not in row})
+    print(f"{count} picture{'' if count == 1 else 's'} in {args.output}")
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    run_script(main)

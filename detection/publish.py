@@ -1,0 +1,25 @@
+"""A trained detector as a small checkpoint to publish: weights and description alone.
+
+    python -m detection.publish --weights runs/mine/ld/final.pt
+    python -m detection.publish --weights runs/mine/ld/last.pt --output published/
+
+Writes NAME-12345678.pt, with the first digits of the file's SHA-256 in its name. It has neither optimizer nor paths of
+yours, and does all that the checkpoint does but go on with training."""
+
+import argparse
+
+from detection.checkpoint import load_detector
+from export import write_published
+from runtime import run_script
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="checkpoint of a detector")
+    parser.add_argument("--output", metavar="FOLDER", help="where to write (default: beside the weights)")
+    args = parser.parse_args(argv)
+    write_published(*load_detector(args.weights), args)
+
+
+if __name__ == "__main__":
+    run_script(main)
