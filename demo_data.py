@@ -203,21 +203,24 @@ def is_there(destination, settings):
 
 
 def write_demo(destination, seed=0, scale=0.125, test_per_class=12, size=96):
-    """Write the demo set into the folder destination; returns False, drawing nothing, if it is there already.
-
-    All is drawn into a folder beside it that is renamed at the end, so that destination is whole or not there.
-    """
+    """Write the demo set into the folder destination; returns False, drawing nothing, if it is there already."""
     if seed < 0 or test_per_class < 1 or not 0 < scale <= 10 or not 32 <= size <= 512:
         raise UserError("seed must be 0 or more, test-per-class 1 or more, scale above 0 to 10, size 32 to 512")
     settings = {"drawing_version": DRAWING_VERSION, "seed": seed, "scale": scale,
                 "test_per_class": test_per_class, "size": size}
+    return write_whole(destination, settings, write_files)
+
+
+def write_whole(destination, settings, write):
+    """Let write(folder, settings) fill a folder beside `destination` that is renamed at the end, so that destination is
+    whole or not there. Returns False, writing nothing, if it is there already."""
     destination = Path(destination).resolve()
     if is_there(destination, settings):
         return False
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        write_files(partial, settings)
+        write(partial, settings)
         if destination.is_dir():
             destination.rmdir()
         partial.rename(destination)

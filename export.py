@@ -13,7 +13,6 @@ requirements-export.txt.
 name. The weights may be a checkpoint (best.pt, last.pt) or the authors' released files."""
 
 import argparse
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 
 from dataset import network_input
 from exported import METADATA, read_exported, require_packages, require_torch
-from files import atomic_path, sha256_of
+from files import atomic_path, publish_checkpoint, sha256_of, without_paths
 from inference import load_classifier
 from predict import decode, find_images
 from resnet50 import fold_batch_norm
@@ -71,15 +70,6 @@ def program_bytes(program, description):
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={METADATA: description})
     return content.getvalue()
-
-
-def without_paths(description):
-    """A description without the settings that may name files of the machine that trained."""
-    if "settings" not in description:
-        return description
-    settings = {name: value for name, value in description["settings"].items()
-                if name not in ("t1", "t2", "t3", "init") or value in ("none", "imagenet", "baseline")}
-    return {**description, "settings": settings}
 
 
 # ---- the check -----------------------------------------------------------------------------------------------------
@@ -153,21 +143,7 @@ def export(args):
 def publish(args):
     """`publish`."""
     network, description = load_classifier(args.weights, args.data_root, args.image_size)
-    write_published(network, description, args)
-
-
-def write_published(network, description, args):
-    """Write a network as it is published. The same weights and description give the same bytes, and so the same name.
-
-    args: has `weights`, the file the network is of, and `output`, a folder or None for that file's own."""
-    model = {name: value.contiguous() for name, value in network.state_dict().items()}
-    content = io.BytesIO()  # a file's own name would become part of its bytes
-    torch.save({"model": model, "description": without_paths(description)}, content)
-    digest = hashlib.sha256(content.getvalue()).hexdigest()
-    path = folder_of(args) / f"{Path(args.weights).stem}-{digest[:8]}.pt"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.getvalue())
-    print(f"{path}: {len(content.getvalue()) / 1e6:.1f} MB; SHA-256 {digest}")
+    publish_checkpoint(network, description, folder_of(args), Path(args.weights).stem)
 
 
 def folder_of(args):

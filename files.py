@@ -3,6 +3,7 @@ meet a full disk."""
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 
 from runtime import UserError, rank
+
+# The kinds of numbers that weights are made of.
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 @contextlib.contextmanager
@@ -118,6 +122,53 @@ def unpacked_size(path):
         return 0
     with zipfile.ZipFile(path) as archive:
         return sum(entry.file_size for entry in archive.infolist())
+
+
+def is_stored_whole(tensor):
+    """Whether a tensor is dense numbers, each of them in the file: neither sparse, quantised or complex, nor a few
+    numbers that claim to be many."""
+    return (tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in NUMBERS
+            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+
+
+def check_entries(path, state, expected, owner):
+    """Raise UserError naming the first missing, unknown or misshapen entry of a state dict read from `path`.
+
+    expected: {name: tensor}. owner: in words, whose entries these are."""
+    for complaint, names in (("lacks", [name for name in expected if name not in state]),
+                             ("holds the unknown", [name for name in state if name not in expected])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path}: {complaint} {str(names[0])[:80]}{more}; expected the {len(expected)} entries of "
+                            f"{owner}")
+    for name, value in expected.items():
+        found = state[name]
+        if not isinstance(found, torch.Tensor) or not is_stored_whole(found):
+            raise UserError(f"{path}: {name} is no dense tensor of numbers")
+        if found.shape != value.shape:
+            raise UserError(f"{path}: {name} has shape {tuple(found.shape)}; expected {tuple(value.shape)}")
+
+
+def publish_checkpoint(network, description, folder, name):
+    """Write a network's weights and description to FOLDER/NAME-12345678.pt, the start of the file's SHA-256. The same
+    weights and description give the same bytes, and so the same name."""
+    model = {name: value.contiguous() for name, value in network.state_dict().items()}
+    content = io.BytesIO()  # a file's own name would become part of its bytes
+    torch.save({"model": model, "description": without_paths(description)}, content)
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    path = folder / f"{name}-{digest[:8]}.pt"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+    print(f"{path}: {len(content.getvalue()) / 1e6:.1f} MB; SHA-256 {digest}")
+
+
+def without_paths(description):
+    """A description without the settings that may name files of the machine that trained."""
+    if "settings" not in description:
+        return description
+    settings = {name: value for name, value in description["settings"].items()
+                if name not in ("t1", "t2", "t3", "init") or value in ("none", "imagenet", "baseline")}
+    return {**description, "settings": settings}
 
 
 def read_json_lines(path, count=None):

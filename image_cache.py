@@ -26,14 +26,15 @@ CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the re
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode_grey(path):
-    """Read an image file as an 8-bit grey PIL image.
+def decode(path):
+    """Read an image file as an 8-bit PIL image of any mode.
 
-    16-bit images are scaled to 8 bits, palettes and CMYK go through RGB, an animation gives its first frame,
-    transparency is dropped. Raises OSError or ValueError for what cannot be read, an image bomb among it."""
+    16-bit images are scaled to 8 bits, an animation gives its first frame. Raises OSError or ValueError for what cannot
+    be read, an image bomb among it; damaged files can make Pillow raise others (see `unreadable`)."""
     if not os.path.isfile(path):
         raise OSError("not a file")  # a named pipe would be waited for
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about transparency and damaged metadata, which are not used
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             if image.format == "EPS":
@@ -45,9 +46,12 @@ def decode_grey(path):
             if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, 0..65535
                 values = np.rint(np.asarray(image, dtype=np.float32) / 257)
                 return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-            if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
-                image = image.convert("RGB")
-            return image.convert("L")
+            return image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
+
+
+def decode_grey(path):
+    """Read an image file as an 8-bit grey PIL image, as `decode` does; transparency is dropped."""
+    return decode(path).convert("L")
 
 
 def decode_square(path, size):

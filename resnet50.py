@@ -9,12 +9,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import ResNet50_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from files import load_checkpoint
+from files import check_entries, is_stored_whole, load_checkpoint
 from runtime import UserError
 
 # What this project's checkpoints say of themselves, at least.
 DESCRIPTION = {"stage": str, "classes": list, "groups": dict, "preprocessing": dict, "epoch": int, "selected_on": str}
-NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 class ResNet50(ResNet):
@@ -90,28 +89,13 @@ def is_description(value):
                     for ids in value["groups"].values()))
 
 
-def is_stored_whole(tensor):
-    """Whether a tensor is dense numbers, each of them in the file: neither sparse, quantised or complex, nor a few
-    numbers that claim to be many."""
-    return (tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in NUMBERS
-            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
-
-
 def load_state(network, state, path):
     """Load a state dict whole into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
     expected = network.state_dict()
     classifier = state.get("fc.weight")
     if classifier is not None and classifier.ndim and classifier.shape[:1] != expected["fc.weight"].shape[:1]:
         raise UserError(f"{path}: is for {classifier.shape[0]} classes; the data set has {network.fc.out_features}")
-    for complaint, names in (("lacks", [n for n in expected if n not in state]),
-                             ("holds the unknown", [n for n in state if n not in expected])):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {complaint} {names[0][:80]}{more}; expected the {len(expected)} entries of "
-                            "ResNet-50")
-    for name, value in expected.items():
-        if state[name].shape != value.shape:
-            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}; expected {tuple(value.shape)}")
+    check_entries(path, state, expected, "ResNet-50")
     network.load_state_dict(state)
 
 

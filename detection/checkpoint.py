@@ -6,7 +6,7 @@ from detection.anchors import ANCHOR_SCALE, STRIDES
 from detection.backbone import DEPTHS
 from detection.detector import Architecture, Detector
 from detection.transforms import MEAN, STD
-from files import load_checkpoint
+from files import check_entries, load_checkpoint
 from runtime import UserError
 
 # The parts of a description and their kinds.
@@ -40,7 +40,11 @@ def load_detector(path):
             raise UserError(f"{path}: its {name} is {model.get(name)}; expected {expected}")
     fields = [field.name for field in dataclasses.fields(Architecture)]
     network = Detector(len(description["classes"]), Architecture(**{name: model[name] for name in fields}))
-    load_state(network, content.get("model"), path)
+    state = content.get("model")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
+    check_entries(path, state, network.state_dict(), f"a detector on ResNet-{network.architecture.depth}")
+    network.load_state_dict(state)
     return network.eval(), description
 
 
@@ -54,21 +58,3 @@ def is_description(value):
     return (in_range and model["channels"] % 32 == 0 and type(model.get("depth")) is int and model["depth"] in DEPTHS
             and type(model.get("quality")) is bool and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
             and 0 < len(value["classes"]) <= 10000 and all(isinstance(name, str) for name in value["classes"]))
-
-
-def load_state(network, state, path):
-    """Load a state dict whole into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
-    expected = network.state_dict()
-    for complaint, names in (("lacks", [name for name in expected if name not in state]),
-                             ("holds the unknown", [name for name in state if name not in expected])):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {complaint} {str(names[0])[:80]}{more}; expected the {len(expected)} entries of "
-                            f"a detector on ResNet-{network.architecture.depth}")
-    for name, value in expected.items():
-        found = getattr(state[name], "shape", None)
-        if found != value.shape:
-            raise UserError(f"{path}: {name} has shape {found and tuple(found)}; expected {tuple(value.shape)}")
-    network.load_state_dict(state)

@@ -13,17 +13,18 @@ and the file is trusted, its state_dict alone can be saved again."""
 import argparse
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torchvision.models.resnet import Bottleneck
 
 from dataset import list_lines
+from detection.anchors import STRIDES
 from detection.backbone import DEPTHS
-from detection.checkpoint import describe_model, describe_preprocessing, is_description
+from detection.checkpoint import RANGES, describe_model, describe_preprocessing, is_description
 from detection.detector import Architecture, Detector
-from files import load_checkpoint, save_checkpoint, sha256_of
-from resnet50 import is_stored_whole
+from files import check_entries, is_stored_whole, load_checkpoint, save_checkpoint, sha256_of
 from runtime import UserError, run_script
 
 # Ours, as a pattern, and theirs. The ResNet has the same names in both; `head.scales` is one entry for all levels here,
@@ -64,7 +65,7 @@ def to_mmdet(state):
 
 def from_mmdet(state, names):
     """The inverse of `to_mmdet`. names: of the entries of the Detector."""
-    scales = [state[SCALE.format(level)] for level in range(sum(name.endswith(".scale") for name in state))]
+    scales = [state[SCALE.format(level)] for level in range(len(STRIDES))]
     return {name: torch.stack(scales) if name == SCALES else state[mmdet_name(name)] for name in names}
 
 
@@ -114,8 +115,8 @@ def read_architecture(state, path):
     depths = [depth for depth, (block, numbers, _) in DEPTHS.items()
               if (numbers[2], block is Bottleneck) == (blocks, bottleneck)]
     if not depths:
-        raise UserError(f"{path}: its backbone has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in layer3; "
-                        f"expected a ResNet-{', '.join(map(str, DEPTHS))}")
+        raise UserError(f"{path}: its backbone has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in "
+                        f"layer3; expected a ResNet-{', '.join(map(str, DEPTHS))}")
     num_classes, channels = state[CLASSIFY].shape[:2]
     return Architecture(depths[0], channels, count(state, "bbox_head.cls_convs.{}.conv.weight"),
                         len(state[REGRESS]) // 4 - 1, QUALITY in state), num_classes
@@ -135,23 +136,10 @@ def check_classes(classes, num_classes, path, source):
     if len(classes) != num_classes:
         raise UserError(f"{source}: names {len(classes)} classes; expected {num_classes}, as {path} has")
     wrong = [name for name in classes if not isinstance(name, str) or not name.strip() or not name.isprintable()]
-    wrong += [name for number, name in enumerate(classes) if name in classes[:number]]
+    wrong += [name for name, times in Counter(map(str, classes)).items() if times > 1]
     if wrong:
-        raise UserError(f"{source}: {str(wrong[0])[:80]!r} is no name, or not of one class alone; expected "
+        raise UserError(f"{source}: {repr(wrong[0])[:80]} is no name, or not of one class alone; expected "
                         f"{num_classes} different names")
-
-
-def check_entries(state, expected, path):
-    """Raise UserError naming the first entry that is missing, unknown or misshapen. expected: {name: tensor}."""
-    for complaint, names in (("lacks", [name for name in expected if name not in state]),
-                             ("holds the unknown", [name for name in state if name not in expected])):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {complaint} {names[0][:80]}{more}; expected the {len(expected)} entries of such a "
-                            "detector in mmdetection")
-    for name, value in expected.items():
-        if state[name].shape != value.shape:
-            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}; expected {tuple(value.shape)}")
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -170,12 +158,12 @@ def convert(path, classes_file, short, long):
     description = {"stage": "converted", "classes": classes, "model": describe_model(architecture),
                    "preprocessing": describe_preprocessing(short, long), "epoch": 0, "source_sha256": sha256_of(path)}
     if not is_description(description):
-        raise UserError(f"{path}: has {architecture.channels} channels, towers of {architecture.tower_convs} "
-                        f"convolutions, distances to {architecture.reg_max} and {num_classes} classes; this project "
-                        "has no such detectors")
+        expected = ", ".join(f"{name} {low} to {high}" for name, (low, high) in RANGES.items())
+        raise UserError(f"{path}: has {num_classes} classes and {architecture}; expected at most 10000 and {expected}, "
+                        "channels a multiple of 32")
     with torch.device("meta"):  # names and shapes alone
         ours = Detector(num_classes, architecture).state_dict()
-    check_entries(state, to_mmdet(ours), path)
+    check_entries(path, state, to_mmdet(ours), "such a detector in mmdetection")
     model = from_mmdet(state, ours)
     model = {name: value.to(ours[name].dtype).clone(memory_format=torch.contiguous_format)
              for name, value in model.items()}
@@ -186,8 +174,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", metavar="FILE", help="checkpoint or state dict of mmdetection")
     parser.add_argument("output", metavar="OUTPUT", help="the checkpoint to write")
-    parser.add_argument("--classes", metavar="NAMES", help="text file with the names of the classes, one a line, in the "
-                        "order of their ids (default: as FILE names them)")
+    parser.add_argument("--classes", metavar="NAMES", help="text file with the names of the classes, one a line, in "
+                        "the order of their ids (default: as FILE names them)")
     parser.add_argument("--short", type=int, default=800, help="tests resize images to this short side, in pixels "
                         "(default: 800)")
     parser.add_argument("--long", type=int, default=1333, help="... unless their long side would exceed this (default: "

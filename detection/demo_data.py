@@ -9,15 +9,12 @@ DESTINATION/sheet.png to look at.
 """
 
 import argparse
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from demo_data import is_there
+from demo_data import write_whole
 from detection.demo_scenes import CLASSES, SPLITS, draw_scene
 from files import write_json
 from runtime import UserError, run_script
@@ -78,28 +75,13 @@ def write_files(folder, settings):
 def write_demo(destination, seed=0, train=120, test=40, size=256):
     """Write the demo set into the folder destination; returns False, drawing nothing, if it is there already.
 
-    train, test: numbers of scenes; size: their sides in pixels, 32 to 1024. All is drawn into a folder beside it that
-    is renamed at the end, so that destination is whole or not there. Raises UserError for a value out of range, for a
-    destination that holds anything else and for a disk that cannot be written."""
+    train, test: numbers of scenes; size: their sides in pixels, 32 to 1024. Raises UserError for a value out of range,
+    for a destination that holds anything else and for a disk that cannot be written."""
     if seed < 0 or train < 1 or test < 1 or not 32 <= size <= 1024:
         raise UserError("seed must be 0 or more, train and test 1 or more, size 32 to 1024")
     settings = {"demo": "detection", "drawing_version": DRAWING_VERSION, "seed": seed, "train": train, "test": test,
                 "size": size}
-    destination = Path(destination).resolve()
-    if is_there(destination, settings):
-        return False
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        write_files(partial, settings)
-        if destination.is_dir():
-            destination.rmdir()
-        partial.rename(destination)
-    except OSError as error:
-        raise UserError(f"{destination} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
+    return write_whole(destination, settings, write_files)
 
 
 def main():

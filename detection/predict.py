@@ -3,8 +3,9 @@
     python -m detection.predict --weights runs/mine/ld/final.pt photo.png folder_of_images/
     python -m detection.predict --weights FILE list.txt --output found/ --json found.json --least-score 0.5
 
-Images of any size, which are resized as in the detector's tests. A list is a text file (.txt) with one path a line, seen
-from its own folder. Boxes are in pixels of the image as its file stores it: an EXIF orientation is not applied.
+Images may have any size; they are resized as in the detector's tests. A list is a text file (.txt) with one path a
+line, seen from its own folder. Boxes are in pixels of the image as its file stores it: an EXIF orientation is not
+applied.
 
 Lines and pictures show the objects with a score of at least --least-score, the JSON all that the detector finds. A
 picture keeps the name of its image; images of several folders keep their folders below the one that holds them all.
@@ -138,9 +139,10 @@ def main(argv=None):
                      "detections": as_rows(found, classes)})
     if args.json:
         write_json(args.json, rows)
-    count = len({pictures[Path(row["path"])] for row in rows if "error" not in row})
-    print(f"{count} picture{'' if count == 1 else 's'} in {args.output}")
-    return int(any("error" in row for row in rows))
+    failed = sum("error" in row for row in rows)
+    if failed < len(rows):
+        print(f"pictures: {args.output}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ Writes NAME-12345678.pt, with the first digits of the file's SHA-256 in its name
 yours, and does all that the checkpoint does but go on with training."""
 
 import argparse
+from pathlib import Path
 
 from detection.checkpoint import load_detector
-from export import write_published
+from files import publish_checkpoint
 from runtime import run_script
 
 
@@ -18,7 +19,8 @@ def main(argv=None):
     parser.add_argument("--weights", required=True, help="checkpoint of a detector")
     parser.add_argument("--output", metavar="FOLDER", help="where to write (default: beside the weights)")
     args = parser.parse_args(argv)
-    write_published(*load_detector(args.weights), args)
+    weights = Path(args.weights)
+    publish_checkpoint(*load_detector(weights), Path(args.output or weights.parent), weights.stem)
 
 
 if __name__ == "__main__":

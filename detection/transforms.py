@@ -1,41 +1,22 @@
 """From an image file to the network's input: decoding, the resize, the flip, padding, normalisation."""
 
 import math
-import os
-import warnings
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvF
+
+from image_cache import decode
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of R, G, B in 0..255
 PAD_MULTIPLE = 32  # sides of a batch are multiples of it, so that the strides to 32 divide them
 
 
 def decode_rgb(path):
-    """Read an image file as a (3, H, W) uint8 tv_tensors.Image.
+    """Read an image file as a (3, H, W) uint8 tv_tensors.Image, as `image_cache.decode` does; transparency is dropped.
 
-    16-bit images are scaled to 8 bits, an animation gives its first frame, transparency is dropped. An EXIF orientation
-    is NOT applied: annotations count the pixels as they are stored. Raises OSError or ValueError for what cannot be
-    read, an image bomb among it; damaged files can make Pillow raise others (see image_cache.unreadable)."""
-    if not os.path.isfile(path):
-        raise OSError("not a file")  # a named pipe would be waited for
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about transparency and damaged metadata, which are not used
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, to be run by Ghostscript; convert it to PNG")
-            image.seek(0)
-            image.load()
-            if image.mode == "F":
-                raise ValueError("floating-point pixels, of no known range; convert it to 8 or 16 bits")
-            if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, 0..65535
-                values = np.rint(np.asarray(image, dtype=np.float32) / 257)
-                image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-            return tvF.to_image(image.convert("RGB"))
+    An EXIF orientation is NOT applied: annotations count the pixels as they are stored."""
+    return tvF.to_image(decode(path).convert("RGB"))
 
 
 def target_size(height, width, short, long):
