@@ -140,7 +140,8 @@ def architecture(settings):
 
 def start_run(stage, settings, to_train_on, to_test_on, description, teacher, device, precision):
     """A DetectionRun, new or resumed."""
-    network = Detector(len(to_train_on.classes), architecture(settings), frozen=settings.init != "none")
+    frozen = settings.frozen and settings.init != "none"
+    network = Detector(len(to_train_on.classes), architecture(settings), frozen)
     if not is_resumed(settings):
         said = initialise(network.backbone, settings.depth, settings.init)
         say(f"initialised: ResNet-{settings.depth} with {said}")

@@ -44,8 +44,9 @@ class Settings:
                                                  "that --train lies in, {stage} for that of the stage")
     recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
         f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
-    init: str = setting("imagenet", "what the ResNet starts from: imagenet or a file, fine-tuned with its stem, layer1 "
-                                    "and batch-norm statistics frozen; or none, nothing frozen")
+    init: str = setting("imagenet", "what the ResNet starts from: imagenet, a file, or none")
+    frozen: bool = setting(True, "fine-tune the published way: the ResNet's stem, layer1 and batch-norm statistics "
+                                 "stay as they are; with --init none nothing ever does")
     depth: int = setting(50, "of the ResNet", choices=tuple(DEPTHS))
     channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32, at least 64")
     tower_convs: int = setting(4, "convolutions of each tower of the head")

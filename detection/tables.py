@@ -1,4 +1,6 @@
-"""The table of a detector's test as text."""
+"""The tables of detectors as text."""
+
+from statistics import mean, stdev
 
 COLUMNS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 RECALLS = {"AR_1": "1", "AR_10": "10", "AR_100": "100", "AR_small": "small", "AR_medium": "medium", "AR_large": "large"}
@@ -27,3 +29,25 @@ def results_table(results):
             f"{title} {percent(results[key]).strip()}" for key, title in RECALLS.items()))
     lines.append(f"{results['images']} test images; {results['metric']}")
     return "\n".join(lines)
+
+
+def comparison_table(rows):
+    """Mean and standard deviation (of a sample) over the runs of each row, as text, in per cent.
+
+    rows: {name: [results of a run]}."""
+    width = max(map(len, rows))
+    everything = [results for runs in rows.values() for results in runs]
+    shown = [name for name in (*COLUMNS, "AR_100") if all(name in results for results in everything)]
+    lines = [f"{'':<{width}} {'runs':>4} " + " ".join(f"{COLUMNS.get(name, name):>12}" for name in shown)]
+    for row, runs in rows.items():
+        values = [[results[name] for results in runs] for name in shown]
+        lines.append(f"{row:<{width}} {len(runs):>4} " + " ".join(f"{mean_and_spread(each):>12}" for each in values))
+    return "\n".join(lines)
+
+
+def mean_and_spread(values):
+    """[0.365, 0.371] -> '36.8 ± 0.4'; a single value has no spread; '-' where a run has none."""
+    if None in values:
+        return "-"
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"

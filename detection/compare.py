@@ -1,0 +1,46 @@
+"""Finished runs side by side: mean and standard deviation over the seeds of each row.
+
+    python -m detection.compare alone=runs/mine/gfl_seed0,runs/mine/gfl_seed1 LD=runs/mine/ld_seed0,runs/mine/ld_seed1
+"""
+
+import argparse
+from pathlib import Path
+
+from detection.tables import comparison_table
+from files import read_json
+from runtime import UserError, run_script
+
+
+def read_rows(rows):
+    """{name: [results]} of arguments NAME=FOLDER,FOLDER. Raises UserError for one of another form, for a folder without
+    results, and for results that were not measured alike."""
+    found = {}
+    for row in rows:
+        name, equals, folders = row.partition("=")
+        if not equals or not name or name in found:
+            raise UserError(f"{row}: expected NAME=FOLDER,FOLDER, with another name in each row")
+        found[name] = [read_results(Path(folder) / "results.json") for folder in folders.split(",")]
+    measured = {(results["metric"], results["images"]): path
+                for path, all_results in found.items() for results in all_results}
+    if len(measured) > 1:
+        raise UserError("the runs were not tested alike: " + "; ".join(
+            f"{name} by {metric} on {images} images" for (metric, images), name in measured.items()))
+    return found
+
+
+def read_results(path):
+    """The results of a detector's test."""
+    results = read_json(path)
+    if not isinstance(results, dict) or not all(key in results for key in ("AP", "AP50", "AP75", "metric", "images")):
+        raise UserError(f"{path}: not the results of a detector; expected what detection.test writes")
+    return results
+
+
+def main(argv=None):
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("rows", nargs="+", metavar="NAME=FOLDER,FOLDER", help="a row of the table and its runs")
+    print(comparison_table(read_rows(flags.parse_args(argv).rows)))
+
+
+if __name__ == "__main__":
+    run_script(main)
