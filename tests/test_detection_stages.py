@@ -12,7 +12,7 @@ import torch
 from conftest import run_program
 from test_prepare_dataset import real
 
-from detection import data, engine, train_gfl, train_ld
+from detection import compare, data, engine, train_gfl, train_ld
 from detection.annotations import read_annotations
 from detection.coco_ap import coco_ap
 from detection.demo_data import write_demo
@@ -20,6 +20,7 @@ from detection.detector import Architecture, Detector
 from detection.engine import DetectionRun, learning_rate, train_step
 from detection.inference import detect, inference_network
 from detection.settings import RECIPES, LDSettings, Settings, parse_settings
+from runtime import UserError
 
 QUICK = ("--init", "none", "--depth", "18", "--channels", "64", "--tower-convs", "1", "--batch-size", "4", "--epochs",
          "2", "--short", "64", "--long", "64", "--lr", "0.04", "--warmup-steps", "3", "--workers", "0", "--device",
@@ -159,6 +160,23 @@ def test_other_metrics_and_suppressions(runs, scenes, tmp_path, flag):
                     scenes / "test.json", "--output", tmp_path / "test", "--device", "cpu", *flag) == 0
     results = json.loads((tmp_path / "test" / "results.json").read_text())
     assert ("per_iou" in results) == (flag[1] == "voc07") and results["AP50"] is not None
+
+
+def test_runs_are_compared_by_mean_and_deviation(runs, tmp_path, capsys):
+    results = json.loads((runs / "ld" / "results.json").read_text())
+    for name, ap in (("a", 0.30), ("b", 0.32)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({**results, "AP": ap, "AP_large": None}))
+    compare.main([f"LD={tmp_path / 'a'},{tmp_path / 'b'}", f"teacher={runs / 'teacher'}"])
+    header, ld, teacher = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["runs", "AP", "AP50"] and "large" in header
+    assert ld.split()[:5] == ["LD", "2", "31.0", "±", "1.4"] and teacher.split()[:2] == ["teacher", "1"]
+    (tmp_path / "b" / "results.json").write_text(json.dumps({**results, "metric": "another"}))
+    with pytest.raises(UserError, match="not tested alike: LD by COCO AP on 4 images; LD by another on 4 images"):
+        compare.main([f"LD={tmp_path / 'a'},{tmp_path / 'b'}"])
+    for row, words in ((f"{tmp_path}", "expected NAME=FOLDER"), (f"x={tmp_path}", "results.json: could not be read")):
+        with pytest.raises(UserError, match=words):
+            compare.main([row])
 
 
 def test_two_processes_take_the_step_of_one(flags, runs, tmp_path):
