@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import ResNet50_Weights
+from torchvision.models import get_model_weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from files import check_entries, is_stored_whole, load_checkpoint
@@ -116,12 +116,7 @@ def initialise(network, init):
     if init == "none":
         return "random weights", None
     if init == "imagenet":
-        try:
-            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # a download that does not match its hash is a RuntimeError
-            raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
-                            f"{ResNet50_Weights.IMAGENET1K_V1.url} and give the file as --init FILE, or --init none")
-        return _load_imagenet(network, state, "ImageNet"), None
+        return _load_imagenet(network, imagenet_state(50), "ImageNet"), None
     state, description = read_weights(init)
     if getattr(state.get("conv1.weight"), "shape", ())[1:2] == (3,):
         return _load_imagenet(network, state, init), None
@@ -130,9 +125,27 @@ def initialise(network, init):
     return f"all {len(state)} entries from {init}{origin}", description
 
 
+def imagenet_state(depth):
+    """The state dict of torchvision's ResNet of that depth (IMAGENET1K_V1). Raises UserError where it cannot be
+    fetched."""
+    weights = get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # a download that does not match its hash is a RuntimeError
+        raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
+                        f"{weights.url} and give the file as --init FILE, or --init none")
+
+
+def with_batch_counts(state, network):
+    """`state` with `num_batches_tracked` of `network` where it has none: files of older torchvision lack them, and with
+    a fixed momentum nothing reads them."""
+    counts = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
+    return {**counts, **state}
+
+
 def _load_imagenet(network, state, source):
     """Load a 3-channel, 1000-class ResNet-50: the stem summed over its input channels, the classifier left as it is."""
     new = {"fc.weight": network.fc.weight.detach(), "fc.bias": network.fc.bias.detach()}
     stem = state["conv1.weight"].sum(dim=1, keepdim=True)  # a grey pixel is the same value in all three channels
-    load_state(network, {**state, **new, "conv1.weight": stem}, source)
+    load_state(network, {**with_batch_counts(state, network), **new, "conv1.weight": stem}, source)
     return f"{len(state) - 2} entries from {source} (stem summed over its 3 input channels), new: fc.weight, fc.bias"

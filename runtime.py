@@ -42,6 +42,10 @@ def run_script(main):
     except Stopped as stopped:
         say(f"\n{stopped}")
         status = stopped.status
+    except torch.OutOfMemoryError as error:
+        print(f"error: the GPU's memory is not enough ({_one_line(error)[:120]}); give a smaller --batch-size, or "
+              "smaller images", file=sys.stderr, flush=True)
+        status = 2
     except RuntimeError as error:
         # What a rank sees of another's end: gloo says so in words, NCCL by a class of its own.
         if not (world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -13,7 +14,7 @@ ANCHOR_SCALE = 8  # side of an anchor, in strides
 class Anchors:
     """The anchors of all levels, P3 first, each level row by row. A = sum of H_l * W_l."""
 
-    sizes: list  # [(H_l, W_l)] locations of each level
+    sizes: tuple  # ((H_l, W_l), ...) locations of each level
     boxes: torch.Tensor  # (A, 4) xyxy, pixels
     centres: torch.Tensor  # (A, 2) x and y, pixels
     strides: torch.Tensor  # (A,) pixels
@@ -25,34 +26,35 @@ class Anchors:
         return [height * width for height, width in self.sizes]
 
 
-def make_anchors(sizes, device=None, strides=STRIDES, scale=ANCHOR_SCALE):
-    """The Anchors of levels of `sizes` [(H_l, W_l)] locations: at row i and column j of a level with stride s a square
-    of side `scale * s` around (j * s, i * s). There is no offset of half a stride (ATSS, CVPR 2020, as GFL uses it)."""
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what a test between two epochs makes first must serve training too
+def make_anchors(sizes, device=None):
+    """The Anchors of levels of `sizes` ((H_l, W_l), ...) locations: at row i and column j of a level with stride s a
+    square of side ANCHOR_SCALE * s around (j * s, i * s). There is no offset of half a stride (ATSS, CVPR 2020, as GFL
+    uses it). Images of the same size get the same Anchors."""
     centres, sides, levels = [], [], []
-    for level, ((height, width), stride) in enumerate(zip(sizes, strides, strict=True)):
+    for level, ((height, width), stride) in enumerate(zip(sizes, STRIDES, strict=True)):
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
         centres.append(torch.stack([x, y], dim=-1).reshape(-1, 2) * float(stride))
         sides.append(torch.full((height * width,), float(stride), device=device))
         levels.append(torch.full((height * width,), level, device=device))
     centres, sides = torch.cat(centres), torch.cat(sides)  # (A, 2), (A,)
-    half = scale / 2 * sides[:, None]
-    return Anchors(list(sizes), torch.cat([centres - half, centres + half], dim=1), centres, sides, torch.cat(levels))
+    half = ANCHOR_SCALE / 2 * sides[:, None]
+    return Anchors(sizes, torch.cat([centres - half, centres + half], dim=1), centres, sides, torch.cat(levels))
 
 
-def valid_counts(size, anchors, strides=STRIDES, divisor=32):
-    """[(rows, columns)] of each level that lie on an image of `size` (height, width) padded to a multiple of
-    `divisor`."""
-    height, width = (divisor * math.ceil(side / divisor) for side in size)
-    return [(min(math.ceil(height / stride), rows), min(math.ceil(width / stride), columns))
-            for (rows, columns), stride in zip(anchors.sizes, strides, strict=True)]
+def pyramid_sizes(height, width):
+    """((H_l, W_l), ...) locations of P3 to P7 of an image whose sides, in pixels, are multiples of 32."""
+    return tuple((math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES)
 
 
-def valid_anchors(anchors, image_sizes, strides=STRIDES):
+def valid_anchors(anchors, image_sizes):
     """Which anchors lie on each image of a batch, (N, A) bool.
 
     image_sizes: [(height, width)] of the images before they were padded to the size of the batch. An anchor is valid
     where its row and column lie on the image, padded to a multiple of 32: no more is asked of it."""
     rows, columns = (anchors.centres / anchors.strides[:, None]).flip(1).unbind(1)  # (A,) each
-    limits = torch.tensor([valid_counts(size, anchors, strides) for size in image_sizes], dtype=torch.float32)
-    limits = limits.to(anchors.boxes.device)[:, anchors.levels]  # (N, A, 2)
+    padded = [[32 * math.ceil(side / 32) for side in size] for size in image_sizes]
+    limits = torch.tensor([pyramid_sizes(*size) for size in padded], dtype=torch.float32)
+    limits = limits.to(anchors.boxes.device, non_blocking=True)[:, anchors.levels]  # (N, A, 2)
     return (rows < limits[..., 0]) & (columns < limits[..., 1])

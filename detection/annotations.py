@@ -39,10 +39,7 @@ def read_annotations(source, images=None, classes=None, findings=None):
     if not classes:
         first = findings.errors[:1] if findings else []
         raise UserError(*first or [f"{paths[0]}: no object, and so no class; expected annotated images"])
-    category_of = dict(zip(coco[0].classes, coco[0].category_ids, strict=True)) if coco else {}
-    free = max(category_of.values(), default=0) + 1  # for classes that the file lacks: an id that is no other's
-    categories = [category_of.get(name, free + number) for number, name in enumerate(classes)]
-    return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))), categories)
+    return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))))
 
 
 def _join(parts, classes):
@@ -51,10 +48,10 @@ def _join(parts, classes):
     number_of, source_of, records = {name: number for number, name in enumerate(classes)}, {}, []
     for part in parts:
         for label, name in enumerate(part.classes):
-            if name not in number_of:
-                place = next((f" (in {r.path.name})" for r in part.records if label in r.labels), "")
-                raise UserError(f"{part.source}: unknown category {name!r}{place}; expected {', '.join(classes)}")
-        number = np.array([number_of[name] for name in part.classes], dtype=np.int64)
+            place = next((record.path.name for record in part.records if label in record.labels), None)
+            if name not in number_of and place:
+                raise UserError(f"{part.source}: unknown category {name!r} (in {place}); expected {', '.join(classes)}")
+        number = np.array([number_of.get(name, -1) for name in part.classes], dtype=np.int64)
         for record in part.records:
             if record.path in source_of:
                 raise UserError(f"{part.source}: image {record.path} is also in {source_of[record.path]}; expected it "

@@ -1,12 +1,11 @@
 """The ResNet under a detector, and where its weights come from: nowhere, ImageNet, or a file."""
 
 import torch
-import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from detection.transforms import MEAN, STD
-from resnet50 import read_weights
-from runtime import UserError
+from files import check_entries
+from resnet50 import imagenet_state, read_weights, with_batch_counts
 
 # depth: (block, blocks of each layer, channels of C3, C4, C5)
 DEPTHS = {18: (BasicBlock, [2, 2, 2, 2], (128, 256, 512)), 34: (BasicBlock, [3, 4, 6, 3], (128, 256, 512)),
@@ -52,30 +51,16 @@ def initialise(backbone, depth, init):
     recognition stages (a ResNet-50). Raises UserError for weights that cannot be fetched or do not fit."""
     if init == "none":
         return "random weights"
-    if init == "imagenet":
-        weights = torchvision.models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
-        try:
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
-                            f"{weights.url} and give the file as --init FILE, or --init none")
-    else:
-        state, _ = read_weights(init)
+    state = imagenet_state(depth) if init == "imagenet" else read_weights(init)[0]
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    stem, grey = state.get("conv1.weight"), ""
-    if getattr(stem, "shape", ())[1:2] == (1,):
-        state, grey = in_colour(state), " (its grey stem sees the grey of the colours)"
+    grey = getattr(state.get("conv1.weight"), "shape", ()) == (64, 1, 7, 7)
     expected = backbone.state_dict()
-    for name, value in expected.items():
-        found = state.get(name)
-        if found is None or found.shape != value.shape:
-            what = "is absent" if found is None else f"has shape {tuple(found.shape)}"
-            raise UserError(f"--init {init}: {name} {what}; expected a ResNet-{depth}'s, of shape {tuple(value.shape)}")
-    unknown = [name for name in state if name not in expected]
-    if unknown:
-        raise UserError(f"--init {init}: holds the unknown {unknown[0][:80]}; expected the weights of a ResNet-{depth}")
-    backbone.load_state_dict(state)
-    return f"{len(expected)} entries from {init}{grey}"
+    if grey:
+        expected["conv1.weight"] = expected["conv1.weight"][:, :1]
+    state = with_batch_counts(state, backbone)
+    check_entries(f"--init {init}", state, expected, f"a ResNet-{depth} without its classifier")
+    backbone.load_state_dict(in_colour(state) if grey else state)
+    return f"{len(state)} entries from {init}" + " (its grey stem sees the grey of the colours)" * grey
 
 
 def in_colour(state):

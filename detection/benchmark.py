@@ -119,7 +119,8 @@ def main(argv=None):
     network, description = load_detector(args.weights)
     images = read_images(args.images, description["preprocessing"]) if args.images else []
     if images and len(images) < max(args.batch_sizes):
-        raise UserError(f"{len(images)} images; expected at least {max(args.batch_sizes)}, the largest batch")
+        raise UserError(f"{len(images)} images (of at most {MOST_IMAGES}); expected at least {max(args.batch_sizes)}, "
+                        "the largest of --batch-sizes")
     rows = measure(inference_network(network, device), images, args, device)
     kind = f"{len(images)} images" if images else f"noise of {args.height}x{args.width}"
     finish(args, device, f"detection on {kind}, ResNet-{description['model']['depth']}, "

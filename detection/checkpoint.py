@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from detection.anchors import ANCHOR_SCALE, STRIDES
 from detection.backbone import DEPTHS
 from detection.detector import Architecture, Detector
@@ -35,15 +37,20 @@ def load_detector(path):
         raise UserError(f"{path}: not a detector of this project; expected final.pt or last.pt of a detection run (for "
                         "weights of mmdet see python -m detection.convert)")
     model = description["model"]
-    for name, expected in (("strides", list(STRIDES)), ("anchor_scale", ANCHOR_SCALE), ("anchor_offset", 0)):
-        if model.get(name) != expected:
-            raise UserError(f"{path}: its {name} is {model.get(name)}; expected {expected}")
+    for part, name, expected in ((model, "strides", list(STRIDES)), (model, "anchor_scale", ANCHOR_SCALE),
+                                 (model, "anchor_offset", 0), (description["preprocessing"], "mean", list(MEAN)),
+                                 (description["preprocessing"], "std", list(STD))):
+        if part.get(name) != expected:
+            raise UserError(f"{path}: its {name} is {str(part.get(name))[:80]}; expected {expected}")
     fields = [field.name for field in dataclasses.fields(Architecture)]
-    network = Detector(len(description["classes"]), Architecture(**{name: model[name] for name in fields}))
+    arguments = len(description["classes"]), Architecture(**{name: model[name] for name in fields})
     state = content.get("model")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
-    check_entries(path, state, network.state_dict(), f"a detector on ResNet-{network.architecture.depth}")
+    with torch.device("meta"):  # names and shapes alone: a small file may claim to be a huge network
+        expected = Detector(*arguments).state_dict()
+    check_entries(path, state, expected, f"a detector on ResNet-{model['depth']}")
+    network = Detector(*arguments)
     network.load_state_dict(state)
     return network.eval(), description
 

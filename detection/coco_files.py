@@ -40,7 +40,7 @@ def read_coco(path, images, findings):
             if found:
                 objects[entry["image_id"]].append(found)
     records = [record_of(place, sizes[image_id], objects[image_id], image_id) for image_id, place in places.items()]
-    return Annotations(list(categories.values()), records, path, list(categories))
+    return Annotations(list(categories.values()), records, path)
 
 
 def _coco_categories(entries, path):

@@ -150,13 +150,6 @@ class AspectRatioBatchSampler(Sampler):
         """Go on with batch `step` of `epoch`, both counted from 0."""
         self.epoch, self.step = epoch, step
 
-    def state_dict(self):
-        """The position that was set last."""
-        return {"epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state):
-        self.set_position(state["epoch"], state["step"])
-
 
 def test_draws(annotations, short, long):
     """[Draw] of every image in order, none mirrored."""

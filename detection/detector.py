@@ -26,8 +26,8 @@ class Outputs:
 
     @property
     def sizes(self):
-        """[(H_l, W_l)] of the levels."""
-        return [tuple(feature.shape[2:]) for feature in self.features]
+        """((H_l, W_l), ...) of the levels."""
+        return tuple(tuple(feature.shape[2:]) for feature in self.features)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ class GFLHead(nn.Module):
         """(N, A_l, 4, R + 1) logits of a level of `size` (H_l, W_l) -> (N, A_l, 1)."""
         top = edges.softmax(dim=-1).topk(4, dim=-1).values
         statistics = torch.cat([top, top.mean(dim=-1, keepdim=True)], dim=-1).flatten(2)  # (N, A_l, 20)
-        found = self.quality(statistics.transpose(1, 2).unflatten(2, size))  # (N, 1, H_l, W_l)
-        return flatten(found.float(), 1).squeeze(2)
+        with torch.autocast(edges.device.type, enabled=False):  # bf16 would leave a dozen different qualities
+            found = self.quality(statistics.transpose(1, 2).unflatten(2, size))  # (N, 1, H_l, W_l)
+        return flatten(found, 1).squeeze(2)
 
 
 def flatten(feature, groups):

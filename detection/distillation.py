@@ -7,8 +7,7 @@ gradient. N images, A anchors of all levels."""
 
 import torch
 
-from detection.boxes import boxes_at, expected_distances
-from detection.losses import class_scores, confidence, mean_kl, mean_over_processes
+from detection.losses import class_scores, confidence, decoded_boxes, mean_kl, mean_over_processes
 from detection.regions import finegrained, general_instances, inside_boxes, valuable_region
 from runtime import UserError
 
@@ -48,7 +47,8 @@ def ld_losses(student, teacher, targets, anchors, *, lambda_ld_main=0.25, lambda
         if lambda_ld_main or ld_norm == "avg_factor":
             confident = confidence(class_scores(student)) * targets.positive  # (N, A)
         if lambda_ld_vlr or lambda_kd_vlr:
-            valuable = valuable_regions(targets, anchors, gamma, vlr_metric)  # (N, A)
+            valuable = valuable_region(anchors.boxes, targets.gt_boxes, targets.image_of, targets.thresholds,
+                                       targets.valid, gamma, vlr_metric)  # (N, A)
         total = mean_over_processes(confident.sum()).clamp(min=1) if ld_norm == "avg_factor" else 1
     edges = student.edges, teacher.edges
     logits = student.logits[:, :, None], teacher.logits[:, :, None]  # K = 1, where edges have 4
@@ -73,12 +73,6 @@ def divergence(student, teacher, weights, temperature):
     rows = weights.nonzero(as_tuple=True)  # few of many anchors: the others need no softmax
     kl = mean_kl(student[rows], teacher[rows], temperature)  # (P, K)
     return (weights[rows][:, None] * kl).sum()
-
-
-def valuable_regions(targets, anchors, gamma, metric):
-    """The weights of regions.valuable_region for each image of a batch, (N, A)."""
-    images = zip(targets.gt_boxes, targets.thresholds, targets.valid, strict=True)
-    return torch.stack([valuable_region(anchors.boxes, *image, gamma, metric) for image in images])
 
 
 def shares_of_level_means(region, anchors):
@@ -110,19 +104,18 @@ def imitation_losses(method, student, teacher, targets, anchors, weight=2.0):
     shares = shares_of_level_means(region & possible, anchors)
     if method == "decouple":
         shares = shares + BACKGROUND_WEIGHT * shares_of_level_means(~region & possible, anchors)
-    return {"imitation": weight * (shares * feature_errors(student.features, teacher.features)).sum()}
+    return {"imitation": weight * feature_error(student.features, teacher.features, shares)}
 
 
 def imitation_region(method, student, teacher, targets, anchors):
     """(N, A) bool: the locations that `method` selects; for `decouple` those inside an object. Raises ValueError for a
     method that is none of METHODS."""
     if method in ("fitnet", "decouple"):
-        return torch.stack([inside_boxes(anchors.centres, boxes) for boxes in targets.gt_boxes])
+        return inside_boxes(anchors.centres, targets.gt_boxes, targets.image_of, targets.valid)
     if method == "fitnet_full":
         return targets.valid
     if method == "finegrained":
-        images = zip(targets.gt_boxes, targets.valid, strict=True)
-        return torch.stack([finegrained(anchors.boxes, *image) for image in images])
+        return finegrained(anchors.boxes, targets.gt_boxes, targets.image_of, targets.valid)
     if method == "gibox":
         with torch.no_grad():
             instances = [part for outputs in (student, teacher)
@@ -131,16 +124,20 @@ def imitation_region(method, student, teacher, targets, anchors):
     raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
 
 
-def decoded_boxes(outputs, anchors):
-    """(N, A, 4) boxes that a detector predicts, in pixels."""
-    return boxes_at(anchors.centres, expected_distances(outputs.edges) * anchors.strides[:, None])
+def feature_error(student, teacher, shares):
+    """sum_a share_a times the mean squared difference of the channels at location a, a scalar.
 
-
-def feature_errors(student, teacher):
-    """(N, A) mean squared difference of the channels at each location. student, teacher: [(N, channels, H_l, W_l)]."""
-    levels = zip(student, teacher, strict=True)
-    return torch.cat([(own.float() - other.detach().float()).square().mean(dim=1).flatten(1)
-                      for own, other in levels], dim=1)
+    student, teacher: [(N, channels, H_l, W_l)]. shares: (N, A). Only the locations with a share are compared, which are
+    few of many."""
+    total, start = 0, 0
+    for own, other in zip(student, teacher, strict=True):
+        count = own.shape[2] * own.shape[3]
+        level = shares[:, start:start + count]
+        rows = level.nonzero(as_tuple=True)
+        own, other = (feature.permute(0, 2, 3, 1).flatten(1, 2)[rows].float() for feature in (own, other.detach()))
+        total = total + ((own - other).square().mean(dim=1) * level[rows]).sum()  # (P, channels) -> scalar
+        start += count
+    return total
 
 
 # ---- pairs of teacher and student ------------------------------------------------------------------------------------

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 
 from detection import pictures
-from detection.anchors import make_anchors
+from detection.anchors import make_anchors, pyramid_sizes
 from detection.annotations import fingerprint, for_training, read_annotations
 from detection.assignment import assign_batch
 from detection.backbone import initialise
 from detection.checkpoint import describe_model, describe_preprocessing
 from detection.data import AspectRatioBatchSampler, DetectionDataset, loader
 from detection.detector import Architecture, Detector
-from detection.evaluation import ap_of_run, test, test_only
+from detection.evaluation import ap_of_run, read_test_annotations, test, test_only
 from detection.losses import gfl_losses
+from detection.records import Annotations
 from detection.settings import LDSettings, data_name, identity, parse_settings
 from detection.teacher import distil, load_teacher
 from detection.transforms import normalise
@@ -67,12 +68,12 @@ def _run(stage, settings):
 class DetectionRun(TrainingRun):
     """Everything that one training run of a detector holds."""
 
-    train: object  # Annotations to train on
-    test: object  # Annotations to test on
+    train_annotations: Annotations
+    test_annotations: Annotations
     teacher: torch.nn.Module | None  # frozen; not a part of the network
 
     def __post_init__(self):
-        self.dataset = DetectionDataset(self.train)
+        self.dataset = DetectionDataset(self.train_annotations)
 
     def batches(self):
         """The batches that are left of the epoch."""
@@ -89,12 +90,13 @@ def train(stage, settings, device):
     folder = Path(settings.output)
     check_common_settings(settings)
     precision = resolve_precision(settings.precision, device)
-    images = settings.images or None
-    to_train_on = for_training(read_annotations(settings.train, images))
-    to_test_on = read_annotations(settings.test, images, to_train_on.classes)
-    for source, annotations in ((settings.train, to_train_on), (settings.test, to_test_on)):
-        if not annotations.records:
-            raise UserError(f"{source}: holds no image that can be used")
+    if settings.batch_size == world_size() and settings.long <= 32 and settings.init == "none":
+        raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
+                        "single pixel: nothing for batch norm to average; give a larger one, or larger images")
+    to_train_on = for_training(read_annotations(settings.train, settings.images or None))
+    if not any(len(record.labels) for record in to_train_on.records):
+        raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
+    to_test_on = read_test_annotations(settings, to_train_on.classes)
     distils = isinstance(settings, LDSettings)
     mine = identity(stage, settings, precision, fingerprint(to_train_on),
                     **({"teacher_sha256": teacher_sha256(settings)} if distils else {}))
@@ -153,8 +155,8 @@ def start_run(stage, settings, to_train_on, to_test_on, description, teacher, de
     sampler = AspectRatioBatchSampler(shapes, settings.batch_size, settings.seed, rank(), world_size(), settings.short,
                                       settings.long, FLIP, settings.repeat)
     run = DetectionRun(name=stage, settings=settings, device=device, precision=precision, network=network,
-                       optimizer=optimizer, sampler=sampler, description=description, train=to_train_on,
-                       test=to_test_on, teacher=teacher)
+                       optimizer=optimizer, sampler=sampler, description=description,
+                       train_annotations=to_train_on, test_annotations=to_test_on, teacher=teacher)
     say(f"stage {stage} on {description['dataset']}: {len(to_train_on.classes)} classes, {len(shapes)} images with "
         f"{sum(len(record.labels) for record in to_train_on.records)} objects to train on, {len(to_test_on.records)} "
         "images to test")
@@ -163,8 +165,29 @@ def start_run(stage, settings, to_train_on, to_test_on, description, teacher, de
         f"({settings.batch_size // world_size()} on each of {world_size()} processes); lr "
         f"{settings.lr * settings.batch_size / 16:g}; short side {short}, long side at most {settings.long}; "
         f"{len(sampler)} steps an epoch")
+    for note in notes(run):
+        say(f"note: {note}")
     resume(run)
     return run
+
+
+def notes(run):
+    """In sentences, what of a run's settings does something else than its user may think."""
+    settings, steps = run.settings, run.settings.epochs * len(run.sampler)
+    if 2 * settings.warmup_steps > steps:
+        yield (f"--warmup-steps {settings.warmup_steps} are most of the {steps} steps of the run; a tenth of them is "
+               "plenty")
+    late = [str(epoch) for epoch in settings.lr_steps if epoch > settings.epochs]
+    if late:
+        yield f"--lr-steps {','.join(late)} never come: the run has {settings.epochs} epochs"
+    if not isinstance(settings, LDSettings):
+        return
+    images = settings.batch_size // world_size()
+    if images > 3 and settings.ld_norm == "none":
+        yield (f"LD's terms are sums over the {images} images of a process, and their weights are tuned for 2 or 3; "
+               "lower --lambda-ld-main and --lambda-ld-vlr in proportion, or see --ld-norm")
+    if run.network.num_classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
+        yield "with one class the classification's distillation is 0: its softmax has nothing to compare"
 
 
 # ---- a step, an epoch ------------------------------------------------------------------------------------------------
@@ -174,16 +197,17 @@ def train_step(run, trained, batch):
     """One step. Returns the names of the loss terms and their values, (terms,).
 
     trained: `run.network`, or its form for training. batch: a data.Batch on the CPU."""
-    device, count = run.device, len(batch.boxes)
-    images, *rest = to_device((batch.images, *batch.boxes, *batch.labels), device)
-    boxes, labels = rest[:count], rest[count:]
+    device = run.device
+    images, boxes, labels = to_device((batch.images, torch.cat(batch.boxes), torch.cat(batch.labels)), device)
+    # Before the network is asked: what waits for the GPU here does not wait for the network.
+    anchors = make_anchors(pyramid_sizes(*images.shape[2:]), device)
+    targets = assign_batch(anchors, boxes, labels, [len(own) for own in batch.boxes], batch.sizes,
+                           run.network.num_classes)
     images = normalise(images, batch.sizes).contiguous(memory_format=torch.channels_last)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.settings, run.epoch + 1, run.step, len(run.sampler))
     with autocast(device, run.precision):
         outputs = trained(images)
-    anchors = make_anchors(outputs.sizes, device)
-    targets = assign_batch(anchors, boxes, labels, batch.sizes, run.network.num_classes)
     losses = gfl_losses(outputs, targets, anchors, run.settings.box_loss)
     if run.teacher is not None:
         losses |= distil(run, images, outputs, targets, anchors)
@@ -211,7 +235,7 @@ def finish_epoch(run, record):
     """Test the network if that is due, print the epoch's line, and keep the last epoch's weights."""
     settings = run.settings
     if settings.test_every and run.epoch % settings.test_every == 0:
-        record.update(ap_of_run(run, run.test))
+        record.update(ap_of_run(run))
     fixed = ("epoch", "lr", "loss", "seconds", "images_per_second", "AP", "AP50", "AP75")
     terms = "".join(f"  {name} {value:.4f}" for name, value in record.items() if name not in fixed)
     tested = f"  AP {100 * record['AP']:.1f}  AP50 {100 * record['AP50']:.1f}" if record.get("AP") is not None else ""

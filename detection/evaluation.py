@@ -17,9 +17,16 @@ from detection.inference import detect, inference_network
 from detection.settings import data_name
 from detection.tables import results_table
 from files import read_json, sha256_of, write_json
-from runtime import UserError, device_name, library_versions, rank, resolve_precision, say, world_size
-
-SHEET_IMAGES = 12
+from runtime import (
+    UserError,
+    autocast,
+    device_name,
+    library_versions,
+    rank,
+    resolve_precision,
+    say,
+    world_size,
+)
 
 
 def detect_all(network, annotations, preprocessing, settings, device, precision):
@@ -46,12 +53,22 @@ def average_precisions(detections, annotations, metric):
     return voc_ap(detections, annotations, "11-point" if metric == "voc07" else "area")
 
 
-def ap_of_run(run, annotations):
-    """AP, AP50 and AP75 of the network that a run trains, for its log."""
-    found = detect_all(run.network, annotations, run.description["preprocessing"], run.settings, run.device,
+def ap_of_run(run):
+    """AP, AP50 and AP75 of the network that a run trains, for its log; nothing on any process but the first."""
+    found = detect_all(run.network, run.test_annotations, run.description["preprocessing"], run.settings, run.device,
                        run.precision)
-    results = average_precisions(found, annotations, run.settings.metric)
+    if rank() != 0:
+        return {}
+    results = average_precisions(found, run.test_annotations, run.settings.metric)
     return {name: results[name] for name in ("AP", "AP50", "AP75")}
+
+
+def read_test_annotations(settings, classes):
+    """The Annotations to test on. classes: the names that they are to have, in id order."""
+    annotations = read_annotations(settings.test, settings.test_images or settings.images or None, classes)
+    if not annotations.records:
+        raise UserError(f"{settings.test}: holds no image to test on")
+    return annotations
 
 
 @torch.inference_mode()
@@ -66,7 +83,7 @@ def cost(network, preprocessing, device, precision, repeats=5):
     answer, seconds = inference_network(network, device), []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             answer(images).logits.cpu()  # the copy waits for the device
         seconds.append(time.perf_counter() - started)
     return {"parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -80,9 +97,7 @@ def test(settings, weights, device):
     on the machine. Returns the results on the first process, None on the others."""
     folder = Path(settings.output)
     network, description = load_detector(weights)
-    annotations = read_annotations(settings.test, settings.images or None, description["classes"])
-    if not annotations.records:
-        raise UserError(f"{settings.test}: holds no image to test on")
+    annotations = read_test_annotations(settings, description["classes"])
     precision = resolve_precision("fp32" if settings.precision == "auto" else settings.precision, device)
     say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
     network.to(device, memory_format=torch.channels_last)
@@ -95,7 +110,7 @@ def test(settings, weights, device):
     results = {
         "dataset": data_name(settings.test), "stage": description["stage"], "epoch": description["epoch"],
         "weights": str(weights), "weights_sha256": sha256_of(weights), **results,
-        "suppression": settings.suppression, "short": preprocessing["short"], "long": preprocessing["long"],
+        "settings": test_settings(settings), "short": preprocessing["short"], "long": preprocessing["long"],
         **cost(network, preprocessing, device, precision), "device": device_name(device), "precision": precision,
         "versions": library_versions(),
     }
@@ -103,19 +118,24 @@ def test(settings, weights, device):
     print(f"{results['parameters'] / 1e6:.2f} M parameters, {results['flops'] / 1e9:.1f} GFLOP and "
           f"{results['ms_per_image']} ms an image of {'x'.join(map(str, results['cost_image_size']))} ({precision}, "
           f"{results['device']})", flush=True)
+    write_json(folder / "results.json", results)
     pictures.draw_precision_recall(curves, folder / "precision_recall.png")
     draw_sheet(annotations, found, folder / "detections.png")
-    write_json(folder / "results.json", results)
     print(f"written: {folder / 'results.json'}, precision_recall.png, detections.png", flush=True)
     return results
 
 
 def draw_sheet(annotations, found, path):
-    """Twelve test images, evenly over the list, with their detections against the ground truth."""
-    count = len(annotations.records)
-    chosen = sorted({round(k * (count - 1) / (SHEET_IMAGES - 1)) for k in range(SHEET_IMAGES)})
+    """A dozen test images, evenly over the list, with their detections against the ground truth."""
+    count, shown = len(annotations.records), pictures.SHEET_IMAGES
+    chosen = sorted({round(k * (count - 1) / (shown - 1)) for k in range(shown)})
     rows = [(read_image(annotations.records[index]), annotations.records[index], found[index]) for index in chosen]
     pictures.draw_sheet(rows, annotations.classes, path)
+
+
+def test_settings(settings):
+    """What makes a test of some weights what it is."""
+    return {name: getattr(settings, name) for name in ("test", "metric", "suppression")}
 
 
 def test_only(settings, device):
@@ -127,6 +147,8 @@ def test_only(settings, device):
     earlier = folder / "results.json"
     if earlier.exists():
         tested = read_json(earlier)
-        if not isinstance(tested, dict) or tested.get("weights_sha256") != sha256_of(weights):
-            raise UserError(f"{earlier}: is of other weights than {weights}; give another --output")
+        mine = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
+        if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in mine.items()):
+            raise UserError(f"{earlier}: is of other weights than {weights}, or of other images, metric or "
+                            "suppression; give another --output")
     test(settings, weights, device)

@@ -3,8 +3,7 @@
 import torch
 
 from detection.anchors import make_anchors
-from detection.boxes import boxes_at, expected_distances
-from detection.losses import class_scores
+from detection.losses import class_scores, decoded_boxes
 from detection.suppression import SUPPRESSIONS
 from detection.transforms import normalise
 from resnet50 import fold_batch_norm
@@ -37,7 +36,7 @@ def detect(network, images, sizes, scales, device, precision, suppression="nms")
 def detections(outputs, sizes, scales, suppression="nms"):
     """What `detect` returns, of the Outputs of a batch."""
     anchors = make_anchors(outputs.sizes, outputs.logits.device)
-    boxes = boxes_at(anchors.centres, expected_distances(outputs.edges) * anchors.strides[:, None])  # (N, A, 4)
+    boxes = decoded_boxes(outputs, anchors)  # (N, A, 4)
     scores = class_scores(outputs)  # (N, A, C)
     return [_detections_of_image(boxes[i], scores[i], anchors, sizes[i], scales[i], SUPPRESSIONS[suppression])
             for i in range(len(sizes))]
@@ -55,5 +54,8 @@ def _detections_of_image(boxes, scores, anchors, size, scale, suppress):
     boxes, scores = boxes[kept].clamp(min=0).minimum(limits), scores[kept]
     candidate, label = (scores > LEAST_SCORE).nonzero(as_tuple=True)
     originals = boxes[candidate] / boxes.new_tensor([*scale, *scale])
-    found = suppress(originals, scores[candidate, label], label, OVERLAP, MOST)
+    found = (originals, scores[candidate, label], label)
+    if boxes.device.type == "mps":  # it has no float64, which the votes are counted in
+        found = (part.cpu() for part in found)
+    found = suppress(*found, OVERLAP, MOST)
     return dict(zip(("boxes", "scores", "labels"), (part.cpu() for part in found), strict=True))

@@ -11,23 +11,23 @@ BOX_WEIGHT, DFL_WEIGHT = 2.0, 0.25
 BOX_LOSSES = {"giou": giou, "ciou": ciou}
 
 
-def quality_focal_loss(logits, labels, quality, beta=BETA):
-    """QFL (GFL, eq. 1): |q - sigmoid(z)|^beta * BCE(z, q), summed over the classes.
+def quality_focal_loss(logits, labels, quality):
+    """QFL (GFL, eq. 1): |q - sigmoid(z)|^2 * BCE(z, q), summed over the classes.
 
     logits: (M, C). labels: (M,) int64 in 0..C, C for background. quality: (M,) the target q in 0..1 at the label's
     class; every other class's is 0. Returns (M,)."""
-    return _quality_focal(logits.sigmoid(), F.binary_cross_entropy_with_logits, logits, labels, quality, beta)
+    return _quality_focal(logits.sigmoid(), F.binary_cross_entropy_with_logits, logits, labels, quality)
 
 
-def quality_focal_loss_of_probabilities(probabilities, labels, quality, beta=BETA):
+def quality_focal_loss_of_probabilities(probabilities, labels, quality):
     """QFL of scores (M, C) in 0..1, as GFocal V2 has them (Li et al., CVPR 2021). Else as quality_focal_loss."""
-    return _quality_focal(probabilities, F.binary_cross_entropy, probabilities, labels, quality, beta)
+    return _quality_focal(probabilities, F.binary_cross_entropy, probabilities, labels, quality)
 
 
-def _quality_focal(probabilities, cross_entropy, values, labels, quality, beta):
+def _quality_focal(probabilities, cross_entropy, values, labels, quality):
     target = values.new_zeros(len(values), values.shape[1] + 1)
     target = target.scatter_(1, labels[:, None], quality[:, None].to(target.dtype))[:, :-1]  # (M, C)
-    return ((target - probabilities).abs() ** beta * cross_entropy(values, target, reduction="none")).sum(dim=1)
+    return ((target - probabilities).abs() ** BETA * cross_entropy(values, target, reduction="none")).sum(dim=1)
 
 
 def distribution_focal_loss(edges, targets):
@@ -63,7 +63,7 @@ def gfl_losses(outputs, targets, anchors, box_loss="giou"):
     by its highest class score w_a. `qfl` is divided by the number of positives, the box losses by the sum of w_a,
     both as means over the processes."""
     logits, edges = outputs.logits, outputs.edges
-    image, anchor = targets.positive.nonzero(as_tuple=True)  # (P,) each
+    image, anchor = targets.positives
     strides = anchors.strides[anchor, None]  # (P, 1)
     points, wanted = anchors.centres[anchor] / strides, targets.boxes[image, anchor] / strides
     own_edges = edges[image, anchor]  # (P, 4, R + 1)
@@ -83,11 +83,9 @@ def gfl_losses(outputs, targets, anchors, box_loss="giou"):
     last_bin = edges.shape[-1] - 1
     wanted_distances = distances(points, wanted, last_bin - 0.1)  # (P, 4)
     by_edge = distribution_focal_loss(own_edges.flatten(0, 1), wanted_distances.flatten()).view(-1, 4)
-    # Without a positive these sums are over nothing; 0 * edges lets the gradient be zero and not absent.
-    nothing = 0 * edges.sum()
     return {
         "qfl": (by_anchor * targets.valid.flatten()).sum() / mean_over_processes(positives).clamp(min=1),
-        "box": BOX_WEIGHT * (by_box * weights).sum() / total_weight + nothing,
+        "box": BOX_WEIGHT * (by_box * weights).sum() / total_weight,
         "dfl": DFL_WEIGHT * (by_edge.mean(dim=1) * weights).sum() / total_weight,
     }
 
@@ -101,3 +99,8 @@ def class_scores(outputs):
 def confidence(scores):
     """w_a: an anchor's highest class score, (..., C) -> (...), a weight without gradient."""
     return scores.detach().amax(dim=-1)
+
+
+def decoded_boxes(outputs, anchors):
+    """(N, A, 4) boxes that a detector predicts, in pixels."""
+    return boxes_at(anchors.centres, expected_distances(outputs.edges) * anchors.strides[:, None])

@@ -246,7 +246,8 @@ def draw_curves(records, path):
     losses = [name for name in names if not name.startswith("AP") and name not in NO_LOSS
               and any(record.get(name) for record in records)]
     panels = {"loss, mean over the epoch": losses, "learning rate": ["lr"],
-              "AP, per cent": [name for name in names if name.startswith("AP")]}
+              "AP, per cent": [name for name in names if name.startswith("AP")
+                              and any(record.get(name) is not None for record in records)]}
     panels = {title: terms for title, terms in panels.items() if terms}
     figure = _figure(4.6 * len(panels), 3.6)
     for axes, (title, terms) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):

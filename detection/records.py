@@ -34,12 +34,11 @@ class Record:
 @dataclass(frozen=True, eq=False)
 class Annotations:
     """The ground truth of many images. classes: names in id order. source: where it was read, several joined by
-    commas. category_ids: of each class; COCO's own, VOC's counted from 1."""
+    commas."""
 
     classes: list
     records: list
     source: Path
-    category_ids: list
 
 
 class Findings(NamedTuple):

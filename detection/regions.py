@@ -1,5 +1,5 @@
-"""Where to distil: which anchors of an image a student is to imitate its teacher at. N images, A anchors of all levels,
-G objects; boxes are xyxy in pixels."""
+"""Where to distil: at which anchors of a batch a student is to imitate its teacher. N images, A anchors of all levels,
+T objects of all images together; boxes are xyxy in pixels."""
 
 import torch
 
@@ -11,12 +11,12 @@ GENERAL_INSTANCES = 10  # on each level of each image
 GENERAL_INSTANCE_OVERLAP = 0.3  # IoU above which a better instance suppresses another
 
 
-def valuable_region(anchor_boxes, boxes, thresholds, valid, gamma=0.25, metric="diou"):
-    """The valuable localization region (VLR) of an image, as the weights v_a of its anchors, (A,) in 0..1 and 0 outside
-    (Zheng et al., Localization Distillation, CVPR 2022, algorithm 1).
+def valuable_region(anchor_boxes, boxes, image_of, thresholds, valid, gamma=0.25, metric="diou"):
+    """The valuable localization region (VLR) of each image, as the weights v_a of its anchors, (N, A) in 0..1 and 0
+    outside (Zheng et al., Localization Distillation, CVPR 2022, algorithm 1).
 
-    anchor_boxes: (A, 4). boxes: (G, 4), none for all zeros. thresholds: (G,) the objects' ATSS thresholds t_g. valid:
-    (A,) bool. gamma: 0..1, how far down the region reaches.
+    anchor_boxes: (A, 4). boxes: (T, 4) the objects. image_of: (T,) their images. thresholds: (T,) their ATSS thresholds
+    t_g. valid: (N, A) bool. gamma: 0..1, how far down the region reaches.
     An anchor is in the region of object g where gamma * t_g <= DIoU(a, g) < t_g, and v_a is its largest IoU with the
     objects in whose region it is. Positives of another object, or of the same one, are not taken out.
 
@@ -24,41 +24,51 @@ def valuable_region(anchor_boxes, boxes, thresholds, valid, gamma=0.25, metric="
     so that small anchors on the border of a large object come in. Raises ValueError for another metric."""
     if metric not in VLR_METRICS:
         raise ValueError(f"metric {metric!r}: expected one of {', '.join(VLR_METRICS)}")
-    weights = anchor_boxes.new_zeros(len(anchor_boxes))
-    if len(boxes) == 0:
-        return weights
-    for some, limits in zip(boxes.split(CHUNK), thresholds[:, None].split(CHUNK), strict=True):
+    weights = anchor_boxes.new_zeros(valid.shape)
+    for some, images, limits in in_chunks(boxes, image_of, thresholds[:, None]):
         objects, anchors = pairs(some, anchor_boxes)
         overlap = iou(anchors, objects)  # (G, A)
         share = overlap if metric == "diou" else iof(anchors, objects)
         closeness = share - centre_distance(anchors, objects)
-        region = (closeness >= gamma * limits) & (closeness < limits) & valid
-        weights = torch.maximum(weights, overlap.masked_fill(~region, 0).amax(dim=0))
-    return weights
+        region = (closeness >= gamma * limits) & (closeness < limits)
+        largest_by_image(weights, overlap.masked_fill(~region, 0), images)
+    return weights * valid
+
+
+def in_chunks(*tensors):
+    """The same few rows of each tensor, (T, ...) -> (G, ...), one after the other; nothing for none."""
+    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True) if len(tensors[0]) else ()
+
+
+def largest_by_image(found, values, image_of):
+    """Raise `found` (N, A), in place, to the largest of the `values` (G, A) of the objects of each image (G,)."""
+    found.scatter_reduce_(0, image_of[:, None].expand_as(values), values, "amax")
 
 
 # ---- regions of feature imitation ------------------------------------------------------------------------------------
 
 
-def inside_boxes(centres, boxes):
-    """(A,) bool: whether an anchor's centre (A, 2) lies strictly inside any of the boxes (G, 4)."""
-    inside = torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
-    for some in boxes.split(CHUNK):
+def inside_boxes(centres, boxes, image_of, valid):
+    """(N, A) bool: the valid anchors whose centre (A, 2) lies strictly inside any of the boxes (T, 4) of its image.
+    image_of: (T,). valid: (N, A) bool."""
+    inside = centres.new_zeros(valid.shape)
+    for some, images in in_chunks(boxes, image_of):
         objects, points = pairs(some, centres)
-        inside |= ((points > objects[..., :2]) & (points < objects[..., 2:])).all(dim=-1).any(dim=0)
-    return inside
+        found = ((points > objects[..., :2]) & (points < objects[..., 2:])).all(dim=-1)  # (G, A)
+        largest_by_image(inside, found.float(), images)
+    return (inside > 0) & valid
 
 
-def finegrained(anchor_boxes, boxes, valid):
-    """(A,) bool: the valid anchors whose IoU with some object exceeds half of the largest IoU that any valid anchor, of
-    whatever level, has with it (Wang et al., Distilling Object Detectors with Fine-grained Feature Imitation, CVPR
-    2019). anchor_boxes: (A, 4). boxes: (G, 4). valid: (A,) bool."""
-    region = torch.zeros_like(valid)
-    for some in boxes.split(CHUNK):
+def finegrained(anchor_boxes, boxes, image_of, valid):
+    """(N, A) bool: the valid anchors whose IoU with some object of their image exceeds half of the largest IoU that any
+    valid anchor, of whatever level, has with it (Wang et al., Distilling Object Detectors with Fine-grained Feature
+    Imitation, CVPR 2019). anchor_boxes: (A, 4). boxes: (T, 4). image_of: (T,). valid: (N, A) bool."""
+    region = anchor_boxes.new_zeros(valid.shape)
+    for some, images in in_chunks(boxes, image_of):
         objects, anchors = pairs(some, anchor_boxes)
-        overlap = iou(anchors, objects) * valid  # (G, A)
-        region |= (overlap > 0.5 * overlap.amax(dim=1, keepdim=True)).any(dim=0)
-    return region
+        overlap = iou(anchors, objects) * valid[images]  # (G, A)
+        largest_by_image(region, (overlap > 0.5 * overlap.amax(dim=1, keepdim=True)).float(), images)
+    return region > 0
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from runtime import UserError
 RECIPES = {
     "1x": {"epochs": 12, "lr_steps": (9, 12), "short": (800, 800)},
     "2x": {"epochs": 24, "lr_steps": (17, 23), "short": (480, 800)},
-    "voc": {"epochs": 4, "lr_steps": (4,), "short": (800, 800), "repeat": 3, "box_loss": "ciou", "metric": "voc07"},
-    "voc-teacher": {"epochs": 16, "lr_steps": (13,), "short": (800, 800), "repeat": 3, "metric": "voc07"},
+    "voc": {"epochs": 4, "lr_steps": (4,), "batch_size": 6, "short": (800, 800), "repeat": 3, "metric": "voc07"},
+    "voc-teacher": {"epochs": 16, "lr_steps": (13,), "batch_size": 6, "short": (800, 800), "repeat": 3,
+                    "metric": "voc07"},
 }
 METRICS = ("coco", "voc07", "voc")
 
@@ -40,6 +41,7 @@ class Settings:
                                                  "several joined by commas")
     test: str = setting("data/mine/test.json", "what to test on, of the same kinds")
     images: str = setting("", "folder of the images (default: 'images' beside the .json, JPEGImages of VOC)")
+    test_images: str = setting("", "folder of the images to test on, if it is another")
     output: str = setting("runs/{data}/{stage}", "the stage's own folder; {data} stands for the name of the folder "
                                                  "that --train lies in, {stage} for that of the stage")
     recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
@@ -65,7 +67,7 @@ class Settings:
     short: tuple = setting((800, 800), "images are resized to this short side, in pixels, or in training to one drawn "
                                        "from LOW,HIGH; tests are at the larger", type=sides)
     long: int = setting(1333, "... unless their long side would exceed this")
-    box_loss: str = setting("giou", "loss of the boxes", choices=tuple(BOX_LOSSES))
+    box_loss: str = setting("giou", "loss of the boxes; of VOC's published ResNet-18 ciou", choices=tuple(BOX_LOSSES))
     suppression: str = setting("nms", "how a test thins out overlapping boxes", choices=tuple(SUPPRESSIONS))
     metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); or of VOC since 2010 (area under the curve)",
                           choices=METRICS)
@@ -104,8 +106,8 @@ class LDSettings(Settings):
 
 
 # Changing these does not make it another run.
-NOT_PART_OF_A_RUN = ("train", "test", "images", "output", "recipe", "device", "workers", "save_steps", "tensorboard",
-                     "resume", "test_only", "weights", "suppression", "metric", "test_every", "teacher")
+NOT_PART_OF_A_RUN = ("train", "test", "images", "test_images", "output", "recipe", "device", "workers", "save_steps",
+                     "tensorboard", "resume", "test_only", "weights", "suppression", "metric", "test_every", "teacher")
 
 
 def parse_settings(stage, settings, description, argv=None):
@@ -113,10 +115,9 @@ def parse_settings(stage, settings, description, argv=None):
 
     stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
     given = parse_flags(dataclasses.fields(settings), description, argv)
-    recipe = RECIPES.get(given.get("recipe"), {})
+    recipe = RECIPES.get(given.get("recipe", settings.recipe), {})
     settings = dataclasses.replace(settings, **{**recipe, **given})
-    names = {"{data}": data_name(settings.train), "{stage}": stage}
-    paths = {}
+    paths, names = {}, {"{data}": data_name(settings.train), "{stage}": stage}
     for name in ("output", "teacher"):
         value = getattr(settings, name, None)
         for placeholder, text in names.items():

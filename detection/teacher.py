@@ -18,7 +18,12 @@ def load_teacher(settings, description, device, precision):
     except UserError as error:
         raise UserError(f"--teacher {settings.teacher}: {error}") from None
     say(f"teacher: {settings.teacher}, {theirs['stage']} at epoch {theirs['epoch']}, ResNet-{theirs['model']['depth']}")
-    return fold_batch_norm(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    teacher = fold_batch_norm(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if precision == "bf16":  # as autocast would at every step; of weights that are not trained it keeps no copy
+        for module in teacher.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.to(torch.bfloat16)
+    return teacher
 
 
 def distil(run, images, student, targets, anchors):

@@ -10,22 +10,25 @@ import dataclasses
 from pathlib import Path
 
 from detection.evaluation import test_only
-from detection.settings import Settings
+from detection.settings import Settings, check_ranges, data_name
 from flags import add_flags
 from runtime import resolve_device, run_script, seed_everything, start_processes
 
-FLAGS = ("weights", "test", "images", "output", "metric", "suppression", "device", "precision", "workers")
+FLAGS = ("test", "images", "metric", "suppression", "device", "precision", "workers")
 
 
 def main(argv=None):
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(flags, [field for field in dataclasses.fields(Settings) if field.name in FLAGS])
-    given = vars(flags.parse_args(argv))
-    if "weights" not in given:
-        flags.error("--weights: expected the checkpoint to test")
-    weights = Path(given["weights"]).resolve()  # .../ld/final.pt is tested into .../test_ld_final
-    given.setdefault("output", str(weights.parent.parent / f"test_{weights.parent.name}_{weights.stem}"))
-    settings = Settings(**given)
+    flags.add_argument("--weights", required=True, help="checkpoint of a detector")
+    flags.add_argument("--output", default=argparse.SUPPRESS, help="folder of the results (default: beside the "
+                       "weights, test_ with their name and that of the folder that --test lies in)")
+    settings = Settings(**vars(flags.parse_args(argv)))
+    if settings.output == Settings.output:
+        weights = Path(settings.weights)
+        folder = weights.parent / f"test_{weights.stem}_{data_name(settings.test)}"
+        settings = dataclasses.replace(settings, output=str(folder))
+    check_ranges(settings)
     device = resolve_device(settings.device)
     start_processes(device)
     seed_everything(settings.seed)

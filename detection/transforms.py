@@ -55,12 +55,12 @@ def pad_to_batch(images):
     return batch, sizes
 
 
-def normalise(images, image_sizes, mean=MEAN, std=STD):
+def normalise(images, image_sizes):
     """(N, 3, H, W) uint8 -> float32 on the images' device: (value - mean) / std of each channel, and 0 in the padding.
 
-    image_sizes: [(h, w)] of the images without their padding. mean, std: of R, G, B in 0..255."""
+    image_sizes: [(h, w)] of the images without their padding."""
     batch = images.float()
-    for channel, channel_mean, channel_std in zip(batch.unbind(1), mean, std, strict=True):
+    for channel, channel_mean, channel_std in zip(batch.unbind(1), MEAN, STD, strict=True):
         channel.sub_(channel_mean).div_(channel_std)
     for image, (h, w) in zip(batch, image_sizes, strict=True):
         image[:, h:].zero_()

@@ -30,7 +30,7 @@ def read_image_set(path, images, findings):
             if not os.path.isfile(xml):
                 raise UserError(f"{path}:{number}: no such annotation: {xml}; expected one image id a line")
             records.append(_voc_record(xml, folder, image_id, label_of, findings))
-    return Annotations(list(label_of), records, path, list(range(1, len(label_of) + 1)))
+    return Annotations(list(label_of), records, path)
 
 
 def _voc_record(xml, folder, image_id, label_of, findings):

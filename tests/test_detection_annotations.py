@@ -72,7 +72,7 @@ def test_coco_boxes_become_corners_and_classes_follow_the_category_ids(tmp_path)
     path = coco(tmp_path, [{"bbox": [1, 2, 10, 20], "area": 77.5}, {"bbox": [0.5, 0, 3, 4], "category_id": 9},
                            {"bbox": [5, 6, 7, 8], "iscrowd": 1}])
     found = read_annotations(path)
-    assert (found.classes, found.category_ids, found.source) == (["plane", "ship"], [2, 9], path)
+    assert (found.classes, found.source) == (["plane", "ship"], path)
     first, second = found.records
     assert (first.image_id, first.path, first.width, first.height) == (7, tmp_path / "images" / "a.png", 60, 40)
     assert first.boxes.tolist() == [[1, 2, 11, 22], [0.5, 0, 3.5, 4], [5, 6, 12, 14]]
@@ -107,8 +107,7 @@ def test_classes_are_matched_by_name_and_never_by_place(tmp_path):
     path = coco(tmp_path, [{"bbox": [1, 2, 3, 4]}, {"bbox": [1, 2, 3, 4], "category_id": 9}])
     found = read_annotations(path, classes=["ship", "tug", "plane"])
     assert found.records[0].labels.tolist() == [2, 0]
-    assert found.classes == ["ship", "tug", "plane"] and found.category_ids[0] == 9 and found.category_ids[2] == 2
-    assert len(set(found.category_ids)) == 3
+    assert found.classes == ["ship", "tug", "plane"]
     refused(path, "train.json: unknown category 'ship' (in a.png); expected plane, tug", classes=["plane", "tug"])
     refused(path, "unknown category 'plane'", classes=["Plane", "ship"])
 
@@ -207,7 +206,7 @@ def test_voc_boxes_lose_one_and_difficult_is_kept(tmp_path):
         ("tvmonitor", 8, 12, 35, 40, "<difficult>1</difficult>"), ("bird", 1, 1, 60, 40, "<difficult>0</difficult>"),
         ("bird", 2.5, 3, 4.5, 6, "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>")], "000007": []})
     found = read_annotations(path)
-    assert (found.classes, found.category_ids) == (["bird", "tvmonitor"], [1, 2])
+    assert found.classes == ["bird", "tvmonitor"]
     record, empty = found.records
     assert record.boxes.tolist() == [[7, 11, 34, 39], [0, 0, 59, 39], [1.5, 2, 3.5, 5]]
     assert record.labels.tolist() == [1, 0, 0] and record.difficult.tolist() == [True, False, False]

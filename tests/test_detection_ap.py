@@ -32,7 +32,7 @@ def found_of(boxes=(), labels=(), scores=()):
 
 
 def annotations_of(*records, classes=CLASSES):
-    return Annotations(list(classes), list(records), Path("hand"), list(range(1, len(classes) + 1)))
+    return Annotations(list(classes), list(records), Path("hand"))
 
 
 def random_set(seed, images=12, classes=3):

@@ -177,7 +177,6 @@ def test_normalise_against_the_formula_and_zero_in_the_padding():
         for c in range(3):
             expected[n, c, :h, :w] = (batch[n, c, :h, :w].float() - MEAN[c]) / STD[c]
     assert torch.allclose(found, expected, atol=1e-6)
-    assert normalise(batch, sizes, (0, 0, 0), (1, 1, 255))[0, 2, 0, 0] == batch[0, 2, 0, 0] / 255
 
 
 # ---- data set and loader ---------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def annotations(tmp_path):
         count = len(boxes)
         records.append(Record(path, width, height, boxes, np.full(count, number), np.zeros(count, bool), number,
                               np.full(count, 384.0)))
-    return Annotations(list("abcde"), records, Path("none"), [1, 2, 3, 4, 5])
+    return Annotations(list("abcde"), records, Path("none"))
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -368,17 +367,15 @@ def test_a_resumed_epoch_goes_on_with_the_batch_after_the_last_one_consumed():
     sampler.set_position(2, 0)
     epoch = list(sampler)
     for step in range(len(epoch) + 1):
-        sampler.set_position(2, step)
         resumed = sampler_of()
-        resumed.load_state_dict(sampler.state_dict())
+        resumed.set_position(2, step)
         assert list(resumed) == epoch[step:]
-    assert sampler.state_dict() == {"epoch": 2, "step": len(epoch)}
 
 
 def test_drawing_ahead_does_not_move_the_position_and_moving_it_does_not_disturb_what_is_drawn():
     sampler = sampler_of()
     epoch, drawn = list(sampler), iter(sampler)
     taken = [next(drawn), next(drawn)]
-    assert sampler.state_dict() == {"epoch": 0, "step": 0}
+    assert (sampler.epoch, sampler.step) == (0, 0)
     sampler.set_position(5, 1)
     assert taken + list(drawn) == epoch

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from detection.losses import gfl_losses
 from detection.regions import finegrained, general_instances, inside_boxes, valuable_region
 from runtime import UserError
 
-SIZES = [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
+SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))
 A = 86  # anchors of these levels
 C, R, CHANNELS = 3, 4, 6
 OBJECTS = [torch.tensor([[4.0, 6, 52, 60], [20, 2, 63, 50], [1, 1, 30, 40]]), torch.zeros(0, 4),
@@ -36,7 +36,8 @@ def labels_of(boxes):
 
 
 def targets_of(anchors, objects=OBJECTS, image_sizes=IMAGE_SIZES):
-    return assign_batch(anchors, objects, [labels_of(boxes) for boxes in objects], image_sizes, C)
+    labels, counts = torch.cat([labels_of(boxes) for boxes in objects]), [len(boxes) for boxes in objects]
+    return assign_batch(anchors, torch.cat(objects), labels, counts, image_sizes, C)
 
 
 def random_outputs(seed, images=3, quality=False):
@@ -53,13 +54,23 @@ def leaves(outputs):
     return [outputs.logits, outputs.edges, *outputs.features, *([] if outputs.quality is None else [outputs.quality])]
 
 
-def of_images(value, order):
-    """Outputs, Targets or what they hold, of some images of the batch."""
-    if isinstance(value, Targets):
-        return Targets(*(of_images(getattr(value, field.name), order) for field in fields(value)))
-    if isinstance(value, Outputs):
-        return Outputs(value.logits[order], value.edges[order], [f[order] for f in value.features], None)
-    return value[order] if isinstance(value, torch.Tensor) else [value[i] for i in order]
+def of_images(outputs, order):
+    """Outputs of some images of the batch."""
+    return Outputs(outputs.logits[order], outputs.edges[order], [f[order] for f in outputs.features], None)
+
+
+def targets_of_images(anchors, order):
+    return targets_of(anchors, [OBJECTS[i] for i in order], [IMAGE_SIZES[i] for i in order])
+
+
+def regions_of(targets, anchors):
+    return valuable_region(anchors.boxes, targets.gt_boxes, targets.image_of, targets.thresholds, targets.valid)
+
+
+def objects_of(targets, image):
+    """Boxes and thresholds of the objects of one image, and that they are all of image 0."""
+    own = targets.image_of == image
+    return targets.gt_boxes[own], targets.image_of[own] * 0, targets.thresholds[own]
 
 
 @pytest.fixture
@@ -83,8 +94,7 @@ def slow_ld(student, teacher, targets, anchors, metric="diou"):
     total, ld_main, ld_vlr = 0.0, 0.0, 0.0
     kd_main, kd_vlr = [[] for _ in SIZES], [[] for _ in SIZES]
     for i in range(len(targets.labels)):
-        valuable = valuable_region(anchors.boxes, targets.gt_boxes[i], targets.thresholds[i], targets.valid[i],
-                                   metric=metric)
+        valuable = valuable_region(anchors.boxes, *objects_of(targets, i), targets.valid[i:i + 1], metric=metric)[0]
         for a in range(A):
             if targets.labels[i, a] == C and valuable[a] == 0:
                 continue
@@ -118,7 +128,7 @@ def gradients(losses, outputs):
 
 def test_the_scene_holds_what_the_tests_are_about(batch):
     _, _, targets, anchors = batch
-    valuable = distillation.valuable_regions(targets, anchors, 0.25, "diou")
+    valuable = regions_of(targets, anchors)
     assert targets.positive[0].any() and targets.positive[2].any() and not targets.positive[1].any()
     assert (targets.positive & (valuable > 0)).any() and ((valuable > 0) & ~targets.positive).any()
     assert not targets.valid[2].all() and not valuable[1].any()
@@ -133,10 +143,10 @@ def test_every_loss_against_a_loop(batch, metric):
 
 def test_one_anchor_by_hand():
     """An anchor that is its object: M = {a}, V is empty."""
-    anchors = make_anchors([(1, 1)], strides=(8,))
-    box = anchors.boxes.clone()
-    targets = Targets(torch.tensor([[1]]), box[None], torch.tensor([[0]]), torch.tensor([[True]]),
-                      [torch.tensor([0.7])], [box], [torch.tensor([1])])
+    anchors = make_anchors(((1, 1), (0, 0), (0, 0), (0, 0), (0, 0)))
+    box, first = anchors.boxes.clone(), torch.tensor([0])
+    targets = Targets(torch.tensor([[1]]), box[None], torch.tensor([[0]]), torch.tensor([[True]]), (first, first), box,
+                      first, torch.tensor([0.7]))
     teacher_edges = torch.zeros(1, 1, 4, 2)
     teacher_edges[0, 0, 2, 0] = 10 * math.log(3)
     student = Outputs(torch.tensor([[[0.0, math.log(3)]]]), torch.zeros(1, 1, 4, 2), [])
@@ -185,7 +195,7 @@ def test_no_gradient_reaches_the_teacher_and_the_students_weights_are_constants(
     sum(losses.values()).backward()
     assert all(leaf.grad is None for leaf in leaves(teacher))
     assert student.edges.grad.abs().max() > 0 and student.logits.grad.abs().max() > 0
-    valuable = distillation.valuable_regions(targets, anchors, 0.25, "diou") > 0
+    valuable = regions_of(targets, anchors) > 0
     outside = ~(targets.positive | valuable)
     assert student.edges.grad[outside].abs().max() == 0 and student.logits.grad[outside].abs().max() == 0
     (only,) = gradients(ld_losses(*batch, lambda_kd_main=0), student)[:1]
@@ -203,7 +213,8 @@ def test_the_gradient_of_the_main_loss(batch):
 
 def test_twice_the_batch_is_twice_the_sums_and_the_same_means(batch):
     student, teacher, targets, anchors = batch
-    doubled = [of_images(part, [0, 1, 2, 0, 1, 2]) for part in (student, teacher, targets)]
+    order = [0, 1, 2, 0, 1, 2]
+    doubled = [*(of_images(part, order) for part in (student, teacher)), targets_of_images(anchors, order)]
     once, twice = values(ld_losses(*batch, **ALL)), values(ld_losses(*doubled, anchors, **ALL))
     for name in ("ld_main", "ld_vlr"):
         assert twice[name] == pytest.approx(2 * once[name], rel=1e-5)
@@ -254,7 +265,8 @@ def test_a_batch_without_objects_costs_nothing_and_has_gradients_of_zero(anchors
 
 def test_images_without_objects_change_nothing(batch):
     student, teacher, targets, anchors = batch
-    found = values(ld_losses(*(of_images(part, [0, 2]) for part in (student, teacher, targets)), anchors, **ALL))
+    found = values(ld_losses(*(of_images(part, [0, 2]) for part in (student, teacher)),
+                             targets_of_images(anchors, [0, 2]), anchors, **ALL))
     assert found == pytest.approx(values(ld_losses(*batch, **ALL)), rel=1e-6)
 
 
@@ -288,8 +300,8 @@ def slow_masks(method, student, teacher, targets, anchors):
     if method == "fitnet_full":
         return [(targets.valid, 1)]
     if method == "finegrained":
-        near = [finegrained(anchors.boxes, targets.gt_boxes[i], targets.valid[i]) for i in range(count)]
-        return [(torch.stack(near), 1)]
+        near = [finegrained(anchors.boxes, *objects_of(targets, i)[:2], targets.valid[i:i + 1]) for i in range(count)]
+        return [(torch.cat(near), 1)]
     if method == "gibox":
         found = []
         for i in range(count):
@@ -298,7 +310,8 @@ def slow_masks(method, student, teacher, targets, anchors):
                 boxes_at(anchors.centres, expected_distances(outputs.edges) * anchors.strides[:, None]))]
             found.append(general_instances(*parts, targets.valid[i:i + 1], anchors.counts)[0])
         return [(torch.stack(found), 1)]
-    inside = torch.stack([inside_boxes(anchors.centres, targets.gt_boxes[i]) for i in range(count)]) & targets.valid
+    inside = torch.cat([inside_boxes(anchors.centres, *objects_of(targets, i)[:2], targets.valid[i:i + 1])
+                        for i in range(count)])
     return [(inside, 1)] if method == "fitnet" else [(inside, 1), (~inside & targets.valid, 2)]
 
 

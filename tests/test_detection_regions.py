@@ -7,11 +7,26 @@ from torchvision.ops import nms
 from detection import regions
 from detection.anchors import make_anchors
 from detection.assignment import atss
-from detection.regions import finegrained, first_after_nms, general_instances, inside_boxes, valuable_region
+from detection.regions import first_after_nms, general_instances
 
 GOLDEN_ANCHORS = torch.tensor([[15.0, 15, 25, 25], [-5, 15, 5, 25], [0, 0, 40, 40], [10, 10, 50, 50],
                                [-20, -20, 60, 60]])
 GOLDEN_BOX = torch.tensor([[0.0, 0, 40, 40]])
+
+
+def valuable_region(anchors, boxes, thresholds, valid, *more, **options):
+    """The region of a batch of one image."""
+    image_of = torch.zeros(len(boxes), dtype=torch.int64)
+    return regions.valuable_region(anchors, boxes, image_of, thresholds, valid[None], *more, **options)[0]
+
+
+def inside_boxes(centres, boxes):
+    valid = torch.ones(1, len(centres), dtype=torch.bool)
+    return regions.inside_boxes(centres, boxes, torch.zeros(len(boxes), dtype=torch.int64), valid)[0]
+
+
+def finegrained(anchors, boxes, valid):
+    return regions.finegrained(anchors, boxes, torch.zeros(len(boxes), dtype=torch.int64), valid[None])[0]
 
 
 # ---- slow references, on lists of numbers ----------------------------------------------------------------------------
@@ -118,10 +133,11 @@ def test_many_objects_are_taken_in_chunks(scene, monkeypatch):
 
 def test_the_region_reaches_beyond_the_candidates_of_the_assignment():
     """The thresholds are those of ATSS, but any valid anchor may be in it, its centre inside an object or not."""
-    anchors = make_anchors([(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)])
+    anchors = make_anchors(((16, 16), (8, 8), (4, 4), (2, 2), (1, 1)))
     boxes = torch.tensor([[20.0, 16, 90, 80], [60, 40, 124, 110]])
-    matched, thresholds = atss(anchors, boxes)
     valid = torch.ones(len(anchors.boxes), dtype=torch.bool)
+    matched, thresholds = atss(anchors, boxes, torch.tensor([0, 0]), valid[None])
+    matched = matched[0]
     found = valuable_region(anchors.boxes, boxes, thresholds, valid)
     assert torch.allclose(found, slow_valuable_region(anchors.boxes, boxes, thresholds, valid, 0.25, "diou"), atol=1e-6)
     assert (found[anchors.levels == 0] > 0).sum() > 2 * 9
@@ -134,7 +150,7 @@ def test_the_region_reaches_beyond_the_candidates_of_the_assignment():
 
 def test_inside_an_object_counted_by_hand():
     """4 x 4 centres, 8 pixels apart: strictly inside, so that a centre on the border does not count."""
-    centres = make_anchors([(4, 4)], strides=(8,)).centres
+    centres = make_anchors(((4, 4), (0, 0), (0, 0), (0, 0), (0, 0))).centres
     region = inside_boxes(centres, torch.tensor([[7.0, 7, 17, 9], [0, 16, 8.5, 30], [15, 15, 24, 24]])).view(4, 4)
     assert region.int().tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]]
     assert not inside_boxes(centres, torch.zeros(0, 4)).any()
@@ -217,3 +233,20 @@ def test_the_first_boxes_after_nms_are_few_different_and_take_part():
     chain = torch.tensor([[[0.0, 0, 10, 10], [5, 0, 15, 10], [10, 0, 20, 10]]])
     assert first_after_nms(chain, torch.tensor([[0.9, 0.8, 0.7]]), 3, 0.3).tolist() == [[True, False, True]]
     assert first_after_nms(chain, torch.tensor([[0.9, 0.8, 0.7]]), 3, 0.34).tolist() == [[True, True, True]]
+
+
+def test_the_images_of_a_batch_do_not_mix(scene):
+    """Objects of several images at once, in any order, give each image the regions that it has alone."""
+    anchors, boxes, thresholds, valid = scene
+    other = torch.rand(len(anchors), generator=torch.Generator().manual_seed(0)) < 0.7
+    image_of = torch.arange(len(boxes)) % 3
+    both = torch.stack([valid, other, valid & other])
+    for found, alone in (
+            (regions.valuable_region(anchors, boxes, image_of, thresholds, both),
+             lambda own, mask: valuable_region(anchors, boxes[own], thresholds[own], mask)),
+            (regions.finegrained(anchors, boxes, image_of, both),
+             lambda own, mask: finegrained(anchors, boxes[own], mask)),
+            (regions.inside_boxes(anchors[:, :2], boxes, image_of, both),
+             lambda own, mask: inside_boxes(anchors[:, :2], boxes[own]) & mask)):
+        expected = torch.stack([alone(image_of == image, both[image]) for image in range(3)])
+        assert torch.equal(found, expected) and (found > 0).any(dim=1).all()

@@ -283,6 +283,7 @@ def test_bad_annotations_are_one_line(flags, scenes, tmp_path, capsys, damage, w
 def test_a_category_that_only_the_test_part_has_is_named(flags, scenes, tmp_path, capsys):
     content = json.loads((scenes / "test.json").read_text())
     content["categories"][1]["name"] = "submarine"
+    content["annotations"][0]["category_id"] = content["categories"][1]["id"]
     (tmp_path / "test.json").write_text(json.dumps(content))
     assert run_main(train_gfl, "gfl", *flags, "--test", tmp_path / "test.json", "--images", scenes / "images",
                     "--output", tmp_path / "run") == 2
@@ -296,6 +297,44 @@ def test_settings_out_of_range_are_one_line(flags, tmp_path, capsys, flag):
     assert flag[0] in message and message.count("\n") == 1
 
 
+def test_no_object_to_learn_from_is_named(flags, scenes, tmp_path, capsys):
+    source = broken(scenes, tmp_path, lambda content: content["annotations"].clear())
+    assert run_main(train_gfl, "gfl", *flags, "--train", source, "--images", scenes / "images", "--output",
+                    tmp_path / "run") == 2
+    assert "train.json: no object that can be trained on" in capsys.readouterr().err
+
+
+def test_images_to_test_on_may_lie_elsewhere_and_hold_nothing_to_find(flags, scenes, tmp_path):
+    """All AP are None then, in the curves as well."""
+    content = json.loads((scenes / "test.json").read_text())
+    (scenes / "images").rename(scenes / "pictures")
+    try:
+        (tmp_path / "test.json").write_text(json.dumps({**content, "annotations": []}))
+        assert run_main(train_gfl, "gfl", *flags, "--epochs", "1", "--images", scenes / "pictures", "--test",
+                        tmp_path / "test.json", "--test-images", scenes / "pictures", "--test-every", "1", "--output",
+                        tmp_path / "run") == 0
+    finally:
+        (scenes / "pictures").rename(scenes / "images")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["AP"] is None
+
+
+def test_another_test_does_not_replace_the_results(runs, scenes, tmp_path, capsys):
+    again = ("--test-only", "--weights", runs / "teacher" / "final.pt", "--test", scenes / "test.json", "--output",
+             tmp_path / "test", "--device", "cpu", "--workers", "0")
+    assert run_main(train_gfl, "gfl", *again) == 0
+    assert run_main(train_gfl, "gfl", *again) == 0
+    assert run_main(train_gfl, "gfl", *again, "--metric", "voc") == 2
+    assert "is of other weights than" in capsys.readouterr().err
+
+
+def test_what_a_user_may_not_expect_is_said(runs, flags, tmp_path, capsys):
+    assert run_main(train_ld, "ld", *flags, *taught(runs), "--epochs", "1", "--warmup-steps", "50", "--output",
+                    tmp_path / "ld") == 0
+    said = capsys.readouterr().out
+    for note in ("--warmup-steps 50 are most of the 3 steps", "--lr-steps 9,12 never come", "LD's terms are sums over the 4 images"):
+        assert f"note: {note}" in said
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +343,8 @@ def test_a_recipe_is_in_place_of_the_script_and_flags_are_in_place_of_it():
                                                                "x/VOC2007/ImageSets/Main/trainval.txt"])
     assert (settings.lr_steps, settings.short, settings.epochs) == (RECIPES["2x"]["lr_steps"], (480, 800), 5)
     assert settings.output == "runs/VOC2007/gfl"
+    in_the_script = dataclasses.replace(train_gfl.SETTINGS, recipe="voc")
+    assert parse_settings("gfl", in_the_script, "", []).epochs == 4
     assert parse_settings("ld", train_ld.SETTINGS, "", []).teacher == "runs/mine/teacher/final.pt"
 
 
@@ -333,7 +374,8 @@ def run_of(network, settings, teacher=None):
     """A DetectionRun of one step an epoch."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     return DetectionRun(name="test", settings=settings, device=torch.device("cpu"), precision="fp32", network=network,
-                        optimizer=optimizer, sampler=[0], train=None, test=None, teacher=teacher)
+                        optimizer=optimizer, sampler=[0], train_annotations=None, test_annotations=None,
+                        teacher=teacher)
 
 
 @pytest.mark.real_data

@@ -226,7 +226,7 @@ def test_the_benchmark_runs_on_images(weights, tmp_path, capsys):
     written = json.loads((tmp_path / "b.json").read_text())
     assert "on 3 images" in written["title"] and written["rows"][0]["images"] == 2
     assert run(benchmark, *flags, "--batch-sizes", "1", "4") == 2
-    assert "3 images; expected at least 4, the largest batch" in one_line(capsys)
+    assert "3 images (of at most 32); expected at least 4" in one_line(capsys)
     (tmp_path / "in" / "3.png").write_bytes(b"")
     assert run(benchmark, *flags) == 2
     assert "3.png: not an image that Pillow can read" in one_line(capsys)
