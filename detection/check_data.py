@@ -91,7 +91,9 @@ def some(found, what):
 def notes_of(source, part):
     """Sentences about one source: what will not be trained on, classes without objects, boxes given twice."""
     trained = for_training(part)
-    kept = {record.path for record in trained.records}
+    kept = {record.path: len(record.labels) for record in trained.records}
+    dropped = [f"{record.path}: {len(record.labels) - kept[record.path]}" for record in part.records
+               if record.path in kept and kept[record.path] < len(record.labels)]
     small = [str(record.path) for record in part.records if record.path not in kept]
     boxes = [f"{record.path}: {part.classes[label]} {list(box)}" for record in part.records
              for label, box in repeated(record)]
@@ -99,6 +101,7 @@ def notes_of(source, part):
     present = {label for record in part.records for label in record.labels.tolist()}
     absent = [name for label, name in enumerate(part.classes) if label not in present]
     return [*some(boxes, f"{source}: boxes that are there more than once"),
+            *some(dropped, f"{source}: images with objects not trained on (difficult, or of less than a pixel)"),
             *some(empty, f"{source}: images without objects, trained on as background"),
             *some(small, f"{source}: images with a side below 32 pixels, not trained on"),
             *some(absent, f"{source}: classes without objects")]

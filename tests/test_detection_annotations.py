@@ -367,7 +367,7 @@ def test_check_data_counts_and_finds_nothing_wrong(tmp_path, capsys):
         ["all", "classes", "4", "1", "1", "2", "1", "1"]]
     assert lines[5] == "2 images, 1 of them without objects"
     assert lines[-2].startswith(f"note: {path}: images without objects, trained on as background: 1, the first: ")
-    assert status == 0 and lines[-1] == "0 errors, 1 note: fit for training and testing"
+    assert status == 0 and lines[-1] == "0 errors, 2 notes: fit for training and testing"
 
 
 def test_check_data_lists_every_error_and_exits_with_1(tmp_path):
