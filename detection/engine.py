@@ -142,6 +142,7 @@ def architecture(settings):
 
 def start_run(stage, settings, to_train_on, to_test_on, description, teacher, device, precision):
     """A DetectionRun, new or resumed."""
+    torch.manual_seed(settings.seed)  # again: whatever was read before, a teacher among it, the same weights to start
     frozen = settings.frozen and settings.init != "none"
     network = Detector(len(to_train_on.classes), architecture(settings), frozen)
     if not is_resumed(settings):

@@ -103,6 +103,14 @@ def test_checkpoints_say_what_they_are_and_hold_no_teacher(runs):
     assert set(final["model"]) == set(Detector(3, Architecture(18, 64, 1)).state_dict())
 
 
+def test_a_student_starts_alike_with_a_teacher_and_without(runs, flags, tmp_path):
+    standing = ("--epochs", "1", "--lr", "1e-12")
+    assert run_main(train_gfl, "gfl", *flags, *standing, "--output", tmp_path / "gfl") == 0
+    assert run_main(train_ld, "ld", *flags, *standing, *taught(runs), "--output", tmp_path / "ld") == 0
+    alone, with_teacher = weights_of(tmp_path / "gfl"), weights_of(tmp_path / "ld")
+    assert all(torch.allclose(value, with_teacher[name], atol=1e-6) for name, value in alone.items())
+
+
 def test_another_teacher_is_another_run(runs, flags, tmp_path, capsys):
     teacher = torch.load(runs / "teacher" / "final.pt", weights_only=True)
     teacher["model"]["head.scales"] += 1
