@@ -64,8 +64,9 @@ def is_description(value):
     pixels = [preprocessing.get(name) for name in ("short", "long")]
     fixed = [model.get(name) for name in ("strides", "anchor_scale", "anchor_offset")]
     fixed += [preprocessing.get(name) for name in ("mean", "std")]
-    numbers = all(type(each) in (int, float) for value in fixed
-                  for each in (value if isinstance(value, list) else [value]))
-    return (in_range and numbers and model["channels"] % 32 == 0 and type(model.get("depth")) is int and model["depth"] in DEPTHS
-            and type(model.get("quality")) is bool and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
+    numbers = [each for part in (*fixed, value["epoch"]) for each in (part if isinstance(part, list) else [part])]
+    small = all(type(number) in (int, float) and -1e9 < number < 1e9 for number in numbers)
+    return (in_range and small and model["channels"] % 32 == 0
+            and type(model.get("depth")) is int and model["depth"] in DEPTHS and type(model.get("quality")) is bool
+            and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
             and 0 < len(value["classes"]) <= 10000 and all(isinstance(name, str) for name in value["classes"]))

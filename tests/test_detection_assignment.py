@@ -93,13 +93,12 @@ def test_the_golden_assignment():
 
 
 def test_the_deviation_is_that_of_a_sample():
-    """An anchor between the two thresholds."""
-    boxes = torch.tensor([[0.0, 0, 10, 10]])
-    anchors = by_hand([[0, 0, 10, 7.1], *GOLDEN[1:]], (1, 5))
-    values = [0.71, 1 / 3, 0, 0.25, 0]
-    assert statistics.mean(values) + statistics.pstdev(values) < statistics.mean(values) + statistics.stdev(values)
-    _, thresholds = one_image(anchors, boxes)
-    assert thresholds.item() == pytest.approx(statistics.mean(values) + statistics.stdev(values), abs=1e-6)
+    """An anchor whose IoU is between the two thresholds that one could mean."""
+    values = [0.35, 1 / 3, 0, 0.25, 0]
+    assert statistics.mean(values) + statistics.pstdev(values) < 0.345 < 0.355 < (
+        threshold := statistics.mean(values) + statistics.stdev(values))
+    matched, thresholds = one_image(by_hand([[0, 0, 10, 3.5], *GOLDEN[1:]], (1, 5)), torch.tensor([[0.0, 0, 10, 10]]))
+    assert thresholds.tolist() == pytest.approx([threshold], abs=1e-6) and matched.eq(-1).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
