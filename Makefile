@@ -31,7 +31,9 @@ demo-detection: .venv/installed
 	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 34 --output runs/demo_detection/teacher
 	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 18 --output runs/demo_detection/gfl
 	$(BIN)/python -m detection.train_ld $(SCENES) --depth 18 --output runs/demo_detection/ld \
-	  --teacher runs/demo_detection/teacher/final.pt
+	  --teacher runs/demo_detection/teacher/final.pt --lambda-kd-main 0.375
+	$(BIN)/python -m detection.compare teacher=runs/demo_detection/teacher alone=runs/demo_detection/gfl \
+	  LD=runs/demo_detection/ld
 	@echo "detections against ground truth: runs/demo_detection/ld/detections.png"
 
 test: .venv/installed-dev

@@ -48,6 +48,7 @@ from training import (
 
 FLIP = 0.5  # probability that a training image is mirrored
 WARMUP_RATIO = 0.001  # of the learning rate, where it starts
+COCO_CLASSES = 80
 
 
 def run_training(stage, settings, description, argv=None):
@@ -187,8 +188,12 @@ def notes(run):
     if images > 3 and settings.ld_norm == "none":
         yield (f"LD's terms are sums over the {images} images of a process, and their weights are tuned for 2 or 3; "
                "lower --lambda-ld-main and --lambda-ld-vlr in proportion, or see --ld-norm")
-    if run.network.num_classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
+    classes = run.network.num_classes
+    if classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
         yield "with one class the classification's distillation is 0: its softmax has nothing to compare"
+    elif settings.lambda_kd_main / classes > 2 * 10 / COCO_CLASSES:
+        yield (f"the classification's distillation is a mean over the {classes} classes, and its weight of 10 was "
+               f"tuned for {COCO_CLASSES}; as strong here is --lambda-kd-main {10 * classes / COCO_CLASSES:g}")
 
 
 # ---- a step, an epoch ------------------------------------------------------------------------------------------------

@@ -340,7 +340,7 @@ def test_what_a_user_may_not_expect_is_said(runs, flags, tmp_path, capsys):
                     tmp_path / "ld") == 0
     said = capsys.readouterr().out
     for note in ("--warmup-steps 50 are most of the 3 steps", "--lr-steps 9,12 never come",
-                 "LD's terms are sums over the 4 images"):
+                 "LD's terms are sums over the 4 images", "the classification's distillation is a mean over"):
         assert f"note: {note}" in said
 
 
