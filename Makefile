@@ -28,7 +28,8 @@ SCENES = --train data/demo_scenes/train.json --test data/demo_scenes/test.json -
 
 demo-detection: .venv/installed
 	$(BIN)/python -m detection.demo_data data/demo_scenes --size 192
-	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 34 --output runs/demo_detection/teacher
+	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 34 --epochs 28 --lr-steps 22,26 \
+	  --output runs/demo_detection/teacher
 	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 18 --output runs/demo_detection/gfl
 	$(BIN)/python -m detection.train_ld $(SCENES) --depth 18 --output runs/demo_detection/ld \
 	  --teacher runs/demo_detection/teacher/final.pt --lambda-kd-main 0.375
