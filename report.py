@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
+from charts import new_figure, save_figure
 from dataset import GROUPS
 from files import atomic_path, read_json_lines, write_json
 from runtime import say
@@ -139,21 +140,6 @@ def comparison_table(table, seeds):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _figure(width, height):
-    # Imported late: it takes half a second, and only a picture needs it. No pyplot, so no window and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, path):
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
 def draw_class_counts(info, counts, path):
     """Training images of each class, the most first, in the colours of head, middle and tail.
 
@@ -161,7 +147,7 @@ def draw_class_counts(info, counts, path):
     totals = [int(train + val) for train, val in zip(counts["train"], counts["val"], strict=True)]
     order = sorted(range(len(totals)), key=lambda c: -totals[c])
     group_of_class = info.group_of_class().tolist()
-    figure = _figure(max(6.0, 0.36 * len(order) + 2), 4)
+    figure = new_figure(max(6.0, 0.36 * len(order) + 2), 4)
     axes = figure.add_subplot()
     for number, group in enumerate(GROUPS):
         at = [x for x, c in enumerate(order) if group_of_class[c] == number]
@@ -173,14 +159,14 @@ def draw_class_counts(info, counts, path):
     axes.set_ylabel("training images")
     axes.set_title(f"{info.name}", fontsize=9)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(results, path):
     """The confusion matrix as a picture: rows are true classes, each scaled to sum 1, named in their group's colour."""
     ids = [row["id"] for row in results["per_class"]]
     side = max(5.0, 0.32 * len(ids) + 2.5)
-    figure = _figure(side, side)
+    figure = new_figure(side, side)
     axes = figure.add_subplot()
     rows = [[results["confusion"][true][predicted] for predicted in ids] for true in ids]
     totals = [max(row["test"], 1) for row in results["per_class"]]
@@ -200,7 +186,7 @@ def draw_confusion(results, path):
     axes.set_ylabel("true class (training images)")
     overall = percent(results["overall"]).strip()
     axes.set_title(f"{results['dataset']}, {results['stage']}: overall {overall} %", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(folder):
@@ -209,7 +195,7 @@ def draw_curves(folder):
     if not records:
         return
     epochs = [record.get("epoch", math.nan) for record in records]
-    figure = _figure(9, 3.6)
+    figure = new_figure(9, 3.6)
     losses, accuracy = figure.subplots(1, 2)
     for name in records[0]:
         if name == "loss" or name == "cross_entropy" or name.startswith("mse_"):
@@ -222,7 +208,7 @@ def draw_curves(folder):
     for axes in (losses, accuracy):
         axes.set_xlabel("epoch")
         axes.legend(fontsize=8)
-    _save(figure, Path(folder) / "curves.png")
+    save_figure(figure, Path(folder) / "curves.png")
 
 
 def draw_comparison(runs, path):
@@ -230,7 +216,7 @@ def draw_comparison(runs, path):
 
     runs: {row name: [results of one seed, ...]}; the bars are means over seeds."""
     rows = sorted(next(iter(runs.values()))[0]["per_class"], key=lambda row: -row["train"])
-    figure = _figure(max(7.0, 0.42 * len(rows) + 2), 5.5)
+    figure = new_figure(max(7.0, 0.42 * len(rows) + 2), 5.5)
     axes = figure.add_subplot()
     width = 0.8 / len(runs)
     colours = ROW_COLOURS if len(runs) == len(ROW_COLOURS) else (ROW_COLOURS[0], ROW_COLOURS[-1])
@@ -250,4 +236,4 @@ def draw_comparison(runs, path):
     axes.set_ylabel("accuracy, per cent")
     axes.set_xlabel("class (training images): " + ", ".join(GROUPS))
     figure.legend(loc="outside upper center", ncols=2, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -6,6 +6,7 @@ from itertools import cycle, product
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from charts import new_figure, save_figure
 from detection.average_precision import envelope
 from files import atomic_path
 
@@ -194,21 +195,6 @@ def _draw_legend(rows, classes, width):
 # ---- charts ----------------------------------------------------------------------------------------------------------
 
 
-def _figure(width, height):
-    # Imported late: it takes half a second, and only a chart needs it. No pyplot, so no window and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, path):
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
 def _styles():
     """Colours and dashes of the lines of a chart, twenty-eight of them, again and again."""
     return cycle({"color": colour, "linestyle": dashes} for dashes, colour in product(DASHES, ON_WHITE))
@@ -219,7 +205,7 @@ def draw_precision_recall(curves, path):
 
     curves: {class: (recall (D,), precision (D,), AP)} as voc_ap and coco_ap return them. path: of the PNG."""
     columns = math.ceil(len(curves) / 25)
-    figure = _figure(6.2 + 1.9 * columns, 5)
+    figure = new_figure(6.2 + 1.9 * columns, 5)
     axes = figure.add_subplot()
     order = sorted(curves, key=lambda name: -curves[name][2])
     for style, name in zip(_styles(), order, strict=False):
@@ -231,7 +217,7 @@ def draw_precision_recall(curves, path):
     axes.grid(alpha=0.3)
     if curves:
         figure.legend(loc="outside right upper", ncols=columns, fontsize=8, title="AP50, class")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(records, path):
@@ -249,7 +235,7 @@ def draw_curves(records, path):
               "AP, per cent": [name for name in names if name.startswith("AP")
                               and any(record.get(name) is not None for record in records)]}
     panels = {title: terms for title, terms in panels.items() if terms}
-    figure = _figure(4.6 * len(panels), 3.6)
+    figure = new_figure(4.6 * len(panels), 3.6)
     for axes, (title, terms) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         for style, name in zip(_styles(), terms, strict=False):
             points = [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
@@ -264,4 +250,4 @@ def draw_curves(records, path):
             axes.set_yscale("log")
         if len(terms) > 1:
             axes.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)

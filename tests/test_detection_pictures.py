@@ -194,7 +194,7 @@ def test_charts_are_drawn(tmp_path):
 
 def test_precision_recall_is_drawn_as_its_envelope(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
     pictures.draw_precision_recall({"b": (np.array([0.5, 0.5, 1]), np.array([1, 0.5, 2 / 3]), 0.2),
                                     "a": (np.array([0.5]), np.array([1.0]), 0.7)}, tmp_path / "x.png")
     first, second = figures[0].axes[0].lines
