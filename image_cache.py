@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -190,6 +191,7 @@ def in_processes(function, jobs, processes=None):
         try:
             yield from pool.map(function, jobs)
         except BrokenProcessPool:
+            time.sleep(0.5)  # a Ctrl-C that ended the children first is about to arrive here, and says what happened
             raise UserError("a decoding process was killed, probably for lack of memory") from None
         finally:
             pool.shutdown(cancel_futures=True)
