@@ -53,6 +53,22 @@ def run_program(*command, **options):
                           env=environment, timeout=900, **options)
 
 
+def run_tool(script, *arguments):
+    """The main program of a script in this process. Returns its exit status."""
+    from runtime import run_script
+
+    with pytest.raises(SystemExit) as exit_:
+        run_script(lambda: script.main([str(argument) for argument in arguments]))
+    return exit_.value.code or 0
+
+
+def one_line(capsys):
+    """What stderr holds, which must be one line of an error."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
 def run_main(module, *arguments):
     """Run a stage script's program in this process. Returns its exit status."""
     from engine import run_stage

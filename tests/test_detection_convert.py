@@ -1,32 +1,23 @@
 """Detectors of mmdetection: every entry gets its name, and the network computes what plain convolutions compute."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import one_line, run_tool
 
 from detection import convert
 from detection.checkpoint import load_detector
 from detection.detector import Architecture, Detector
-from runtime import run_script
 
 NAMES = ["ship", "storage tank", "harbor"]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 CHANNELS, TOWERS, REG_MAX = 64, 2, 8
 
 
-def run(*arguments):
-    """The program in this process. Returns its exit status."""
-    with pytest.raises(SystemExit) as exit_:
-        run_script(lambda: convert.main([str(argument) for argument in arguments]))
-    return exit_.value.code or 0
-
-
-def one_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+run = partial(run_tool, convert)
 
 
 # ---- what mmdetection writes -----------------------------------------------------------------------------------------

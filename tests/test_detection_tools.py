@@ -7,6 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
+from conftest import run_tool as run
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvF
 
@@ -16,24 +18,10 @@ from detection.detector import Architecture, Detector
 from detection.inference import detect, inference_network
 from detection.pictures import class_colour
 from files import save_checkpoint
-from runtime import run_script
 
 CLASSES = ["ship", "storage tank", "harbor"]
 CPU = ("--device", "cpu")
 SHORT, LONG = 64, 96
-
-
-def run(script, *arguments):
-    """The main program of a script in this process. Returns its exit status."""
-    with pytest.raises(SystemExit) as exit_:
-        run_script(lambda: script.main([str(argument) for argument in arguments]))
-    return exit_.value.code or 0
-
-
-def one_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.fixture(scope="module")

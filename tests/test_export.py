@@ -12,7 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import PROJECT, TINY_GROUPS, run_program
+from conftest import PROJECT, TINY_GROUPS, one_line, run_program
+from conftest import run_tool as run
 from onnx import TensorProto, helper
 from test_resnet50 import authors_state
 from torch import nn
@@ -24,22 +25,8 @@ from files import sha256_of
 from inference import batch_size, inference_network
 from predict import decode, find_images
 from resnet50 import ResNet50, read_weights
-from runtime import run_script
 
 SUFFIXES = {"onnx": ".onnx", "program": ".pt2"}
-
-
-def run(script, *arguments):
-    """The main program of a script in this process. Returns its exit status."""
-    with pytest.raises(SystemExit) as exit_:
-        run_script(lambda: script.main([str(argument) for argument in arguments]))
-    return exit_.value.code or 0
-
-
-def one_line(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.fixture(scope="module")
