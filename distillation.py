@@ -9,50 +9,70 @@ from torch import nn
 from resnet50 import fold_batch_norm
 
 
-def freeze(network, batch_norm="eval", precision="fp32"):
-    """`network` as a teacher: no gradients. With `eval` a copy whose batch norm, as it was trained, is folded into the
-    convolutions.
+def freeze(network, batch_norm="train", precision="fp32"):
+    """`network` as a teacher: up to layer3 (nothing imitates what follows), without gradients.
 
-    batch_norm: `eval`, or `train` for the authors' behaviour: statistics of each batch, running ones drifting on.
-    precision: that of training; `bf16` rounds the convolutions once and for all, as autocast would at every step."""
-    if batch_norm == "eval":
+    batch_norm: `train` and `own` normalise by the statistics of the images that the teacher is shown together, and have
+    no running statistics; `eval` and `recalibrated` by the running statistics that `network` has, folded into the
+    convolutions. precision: that of training; `bf16` rounds the convolutions once and for all, as autocast would at
+    every step."""
+    network.layer4, network.fc = nn.Identity(), nn.Identity()
+    if batch_norm in ("train", "own"):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats, module.running_mean, module.running_var = False, None, None
+                module.num_batches_tracked = None
+    else:
         network = fold_batch_norm(network)
     if precision == "bf16":
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(torch.bfloat16)
-    return network.requires_grad_(False).train(batch_norm == "train")
+    return network.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def recalibrate(network, batches):
+    """Compute the running statistics of every batch norm anew, in place, as the plain mean over `batches`.
+
+    network: a ResNet50. batches: an iterable of (B, 1, H, W) float images on its device."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the cumulative mean
+    network.train()
+    for images in batches:
+        network.layer3_features(images)
+    network.eval()
 
 
 # ---- what to imitate -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def each_teacher(teachers, images, groups):
+def each_teacher(teachers, images, groups, whole_batch=True):
     """Stages 2 and 3: f_T(x) of every teacher T, each on the whole batch. Returns {name: (B, 1024, H/16, W/16)}.
 
-    teachers: {name: ResNet50}. images: (B, 1, H, W). `groups` plays no part."""
+    teachers: {name: ResNet50}. images: (B, 1, H, W). `groups` and `whole_batch` play no part."""
     return {name: teacher.layer3_features(images) for name, teacher in teachers.items()}
 
 
 @torch.no_grad()
-def own_teacher(teachers, images, groups):
-    """Stage 4: f_t(y)(x), t(y) being the teacher whose subset holds class y; each image goes through its own teacher
-    only (with batch norm in train mode: every image, for the statistics; the result is that of its own). Returns
-    {"own": (B, 1024, H/16, W/16)}.
+def own_teacher(teachers, images, groups, whole_batch=True):
+    """Stage 4: f_t(y)(x), t(y) being the teacher whose subset holds class y. Returns {"own": (B, 1024, H/16, W/16)}.
 
     teachers: {"t1": .., "t2": .., "t3": ..}, of head, middle and tail. groups: (B,) CPU tensor, 0 head, 1 middle,
-    2 tail."""
+    2 tail. whole_batch: whether every teacher of an image in the batch is shown all of it, for the statistics of its
+    batch norm, or its own images only."""
     targets = None
-    for number, name in enumerate(("t1", "t2", "t3")):
+    teacher_of_group = [teachers[name] for name in ("t1", "t2", "t3")]
+    for teacher in dict.fromkeys(teacher_of_group):  # one network may be the teacher of several groups
+        taught = torch.tensor([other is teacher for other in teacher_of_group])
         # The indices are found on the CPU, where the labels come from: on a GPU they would cost a wait each.
-        chosen = (groups == number).nonzero().squeeze(1).to(images.device, non_blocking=True)
+        chosen = taught[groups].nonzero().squeeze(1).to(images.device, non_blocking=True)
         if not len(chosen):
             continue
-        if teachers[name].training:  # the authors' batch statistics are those of the whole batch
-            features = teachers[name].layer3_features(images)[chosen]
-        else:
-            features = teachers[name].layer3_features(images[chosen])
+        features = teacher.layer3_features(images)[chosen] if whole_batch else teacher.layer3_features(images[chosen])
         if targets is None:
             targets = features.new_empty(len(images), *features.shape[1:]).to(memory_format=torch.channels_last)
         targets[chosen] = features

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import report
 from dataset import GROUPS, fingerprint, network_input
@@ -13,6 +12,7 @@ from distillation import imitate, sums_by_class
 from evaluation import evaluate, test, test_only
 from files import remove_partials, save_checkpoint, write_json
 from flags import check_output
+from losses import DRW_START, classification_loss
 from runtime import (
     UserError,
     autocast,
@@ -81,12 +81,15 @@ def check_possible(stage, settings):
     if settings.batch_size == world_size() and settings.image_size <= 32:
         raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
                         "single pixel: nothing for batch norm to average; give a larger one, or larger images")
+    if settings.sampler == "self-calibrated" and not settings.distillation:
+        raise UserError("--sampler self-calibrated: needs the distillation losses; --no-distillation leaves none; give "
+                        "--sampler class-aware")
     if settings.sampler == "self-calibrated" and len(stage.teachers) < len(GROUPS):
         raise UserError(f"--sampler self-calibrated: needs the losses of three teachers; {stage.name} has "
                         f"{len(stage.teachers)}")
-    if settings.feature_cache and stage.teachers and settings.teacher_batch_norm == "train":
-        raise UserError("--feature-cache: teachers whose batch norm is in train mode give no image the same features "
-                        "twice; give --teacher-batch-norm eval")
+    if settings.feature_cache and stage.teachers and settings.teacher_batch_norm in ("train", "own"):
+        raise UserError("--feature-cache: teachers that normalise by a batch's statistics give no image the same "
+                        "features twice; give --teacher-batch-norm recalibrated")
 
 
 def train_step(run, trained, indices):
@@ -94,6 +97,8 @@ def train_step(run, trained, indices):
 
     trained: `run.network`, or its form for training. indices: this process's share of the batch."""
     settings, device = run.settings, run.device
+    if settings.train == "classifier":
+        trained.eval()  # frozen is frozen: batch norm too
     images, labels = run.data.train.__getitems__(indices)
     # Drawn for the whole batch and then cut, so that the number of processes does not change what is flipped.
     flip = torch.rand(settings.batch_size, generator=run.flips)[rank()::world_size()] < 0.5
@@ -120,9 +125,12 @@ def step_losses(run, trained, images, labels, groups, targets=None):
     teachers' features by name, where they are known; else the teachers are asked."""
     with autocast(run.device, run.precision):
         logits, features = trained(images)  # (B, classes), (B, 1024, H/16, W/16)
-        losses = {"cross_entropy": F.cross_entropy(logits.float(), labels, reduction="none")}
-        if run.stage.targets:
-            losses.update(imitate(features, targets or run.stage.targets(run.teachers, images, groups)))
+        reweighted = run.epoch >= DRW_START * run.settings.epochs
+        losses = {run.settings.loss.replace("-", "_"): classification_loss(
+            run.settings.loss, logits, labels, run.class_counts, reweighted)}
+        if run.teachers:
+            whole_batch = run.settings.teacher_batch_norm == "train"
+            losses.update(imitate(features, targets or run.stage.targets(run.teachers, images, groups, whole_batch)))
     return losses
 
 
@@ -143,11 +151,12 @@ def learning_rate(settings, epoch, step, steps_per_epoch):
 def finish_epoch(run, record):
     """Choose the best epoch so far. Adds the accuracy to the epoch's record, and prints it."""
     folder, select = Path(run.settings.output), run.settings.select
-    confusion = evaluate(run.network, run.data.select, len(run.data.info.classes), run.device, run.precision)
+    network = run.answering_network()
+    confusion = evaluate(network, run.data.select, len(run.data.info.classes), run.device, run.precision)
     accuracy = record[f"{select}_accuracy"] = confusion.diag().sum().item() / confusion.sum().item()
     run.description.update(epoch=run.epoch, accuracy=accuracy)
     # Of equal epochs the later one: it has seen more, at a lower learning rate.
     if accuracy >= run.best_accuracy:
         run.best_accuracy, run.best_epoch = accuracy, run.epoch
-        save_checkpoint(folder / "best.pt", {"model": run.network.state_dict(), "description": run.description})
+        save_checkpoint(folder / "best.pt", {"model": network.state_dict(), "description": run.description})
     report.log_epoch(record, run)

@@ -81,7 +81,7 @@ def both_flips(stage, data, teachers, device, precision, indices):
     groups, flips = data.info.group_of_class()[labels], []
     for pixels in (images, images.flip(-1)):
         with autocast(device, precision):
-            targets = stage.targets(teachers, network_input(pixels.to(device)), groups)
+            targets = stage.targets(teachers, network_input(pixels.to(device)), groups, whole_batch=False)
         flips.append(torch.stack([target.permute(0, 2, 3, 1) for target in targets.values()], dim=1))
     return tuple(targets), torch.stack(flips, dim=1)
 

@@ -74,7 +74,9 @@ def check_output(settings, mine, data):
     theirs = theirs if isinstance(theirs, dict) else {}
     if theirs.get("data") != mine["data"]:
         raise UserError(f"{folder}: holds a run on other {data} now; give another --output")
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}  # of settings younger than the run
     for name, value in mine.items():
-        if theirs.get(name) != value:
-            raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {theirs.get(name)}, not {value}; "
+        before = theirs.get(name, defaults.get(name))
+        if before != value:
+            raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}; "
                             "give the settings it was started with, or another --output")

@@ -30,10 +30,20 @@ class Settings:
     weight_decay: float = setting(1e-4, "weight decay of SGD")
     image_size: int = setting(224, "images are resized to a square of this many pixels")
     sampler: str = setting("shuffled", "how a batch is drawn", choices=("shuffled", "class-aware", "self-calibrated"))
+    train: str = setting("all", "all: the whole network; classifier: classifier re-training, a new last layer on the "
+                                "frozen rest", choices=("all", "classifier"))
+    loss: str = setting("cross-entropy", "classification loss; ldam-drw is LDAM with deferred re-weighting",
+                        choices=("cross-entropy", "balanced-softmax", "ldam-drw"))
+    logit_adjustment: float = setting(0.0, "tau: that many times the logarithm of a class's share of the training "
+                                           "images is subtracted from its logit in tests; 0 for none")
+    distillation: bool = setting(True, "T2, T3, student: imitate the teachers; --no-distillation leaves the "
+                                       "classification loss alone")
     calibration_momentum: float = setting(0.0, "self-calibrated: 0 weighs the classes by the last batch alone (the "
                                                "paper); above 0, by a running loss of each class")
-    teacher_batch_norm: str = setting("eval", "teachers' batch norm; train is the authors' behaviour",
-                                      choices=("eval", "train"))
+    teacher_batch_norm: str = setting(
+        "train", "what teachers normalise by: train, statistics of the whole batch (the authors' behaviour); own, of "
+                 "the teacher's own images in it; recalibrated, running statistics computed anew on the images of this "
+                 "stage; eval, those of the teacher's training", choices=("train", "own", "recalibrated", "eval"))
     select: str = setting("val", "what the best epoch is chosen on: val, the held-out part of train; test, the "
                                  "authors' protocol, which also trains on the held-out part", choices=("val", "test"))
     seed: int = setting(0, "seed of everything random")
@@ -76,8 +86,8 @@ def parse_settings(stage, settings, description, argv=None):
 def check_ranges(settings):
     """Raise UserError for the first setting that is out of its range."""
     for name, low, high in (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("image_size", 32, 4096), ("lr", 1e-12, 1e3),
-                            ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("calibration_momentum", 0, 0.9999),
-                            ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9)):
+                            ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("logit_adjustment", 0, 100),
+                            ("calibration_momentum", 0, 0.9999), ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9)):
         check_range(settings, name, low, high)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from dataset import GROUPS, SPLITS, ImageDataset, class_counts, read_info, read_split
-from distillation import freeze
+from ClassAwareSampler import ClassAwareBatchSampler
+from dataset import GROUPS, SPLITS, ImageDataset, class_counts, network_input, read_info, read_split
+from distillation import freeze, recalibrate
 from image_cache import ImageCache
 from resnet50 import load_network
-from runtime import UserError, say
+from runtime import UserError, autocast, say
 
 SCRIPTS = {"baseline": "baseline_resnet50.py", "t1": "baseline_cl_t1.py", "t2": "baseline_cl_t2.py",
            "t3": "baseline_cl_t3.py", "student": "baseline_cl_s_weight.py"}
@@ -121,8 +122,10 @@ def initial_weights(stage, settings):
 
 
 def teacher_weights(stage, settings):
-    """{teacher: its checkpoint}, from its flag or from the folder beside --output. Raises UserError for an absent
-    one."""
+    """{teacher: its checkpoint}, from its flag or from the folder beside --output; none without distillation. Raises
+    UserError for an absent one."""
+    if not settings.distillation:
+        return {}
     return {name: require(getattr(settings, name) or best_checkpoint_beside(settings, name), name, f"--{name}")
             for name in stage.teachers}
 
@@ -140,15 +143,16 @@ def require(path, name, flag):
     return path
 
 
-def load_teacher(name, path, settings, info, device, precision):
-    """The frozen teacher of stage `name`, on the device. Raises UserError for a checkpoint of this project that is of
-    another stage, image size, or division into head, middle and tail."""
+def load_teacher(name, path, settings, info):
+    """The network of teacher `name`: the stage of that name, or a baseline, which knows every class. Raises UserError
+    for a checkpoint of this project that is of another stage, image size, or division into groups."""
     teacher, description = load_network(path, len(info.classes))
     if description:
         check_classes(description, info, path)
         size = description["preprocessing"].get("image_size")
-        if description["stage"] != name:
-            raise UserError(f"{path}: is a checkpoint of stage {description['stage']}; expected one of {name}")
+        if description["stage"] not in (name, "baseline"):
+            raise UserError(f"{path}: is a checkpoint of stage {description['stage']}; expected one of {name}, or a "
+                            "baseline")
         if description["groups"] != info.groups:
             raise UserError(f"{path}: was trained with other head, middle and tail classes than those of "
                             f"{info.root / 'dataset.json'}; train the teachers anew")
@@ -156,8 +160,38 @@ def load_teacher(name, path, settings, info, device, precision):
             raise UserError(f"{path}: was trained at {size} pixels; this run is at {settings.image_size}; give "
                             f"--image-size {size}")
     say(f"teacher {name}: {path}" + (f", epoch {description['epoch']}" if description else ""))
-    teacher = freeze(teacher, settings.teacher_batch_norm, precision)
-    return teacher.to(device, memory_format=torch.channels_last)
+    return teacher
+
+
+def load_teachers(weights, settings, info):
+    """{name: ResNet50} of {name: file}; names with the same file share one network."""
+    networks = {}
+    for name, path in weights.items():
+        same = next((other for other in networks if Path(weights[other]).resolve() == Path(path).resolve()), None)
+        networks[name] = networks[same] if same else load_teacher(name, path, settings, info)
+    return networks
+
+
+def freeze_teachers(networks, stage, settings, data, device, precision):
+    """The frozen teachers, {name: network on the device}, made of what `load_teachers` gave.
+
+    data: the stage's images, for teachers whose statistics are recalibrated on them."""
+    frozen = {}
+    for network in dict.fromkeys(networks.values()):
+        network.to(device, memory_format=torch.channels_last)
+        if settings.teacher_batch_norm == "recalibrated":
+            with autocast(device, precision):
+                recalibrate(network, recalibration_batches(data.train, settings, device))
+        teacher = freeze(network, settings.teacher_batch_norm, precision)
+        frozen.update({name: teacher for name in networks if networks[name] is network})
+    return frozen
+
+
+def recalibration_batches(dataset, settings, device, batches=50, batch_size=32):
+    """Class-aware batches of training images as a network takes them, the same for the same --seed."""
+    sampler = ClassAwareBatchSampler(dataset.labels, batch_size, settings.seed)
+    for _ in range(batches):
+        yield network_input(dataset.__getitems__(sampler.draw().tolist())[0].to(device))
 
 
 def check_classes(description, info, path):

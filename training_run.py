@@ -1,15 +1,26 @@
 """One training run of a stage: what it holds, how it starts or is resumed, and what its checkpoints say of it."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 
 from ClassAwareSampler import ClassAwareBatchSampler, SelfCalibratedBatchSampler, ShuffledBatchSampler
-from dataset import describe
+from dataset import class_counts, describe
 from feature_cache import FeatureCache, open_feature_cache
+from losses import CosineClassifier, adjust_logits
 from resnet50 import ResNet50, initialise
 from runtime import device_name, library_versions, rank, say, world_size
-from stage import Data, Stage, check_classes, initial_weights, load_data, load_teacher, teacher_weights
+from stage import (
+    Data,
+    Stage,
+    check_classes,
+    freeze_teachers,
+    initial_weights,
+    load_data,
+    load_teachers,
+    teacher_weights,
+)
 from training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume
 
 
@@ -27,6 +38,19 @@ class Run(TrainingRun):
 
     def __post_init__(self):
         self.group_of_class = self.data.info.group_of_class()
+        counts = class_counts(self.data.train.labels, len(self.group_of_class))
+        self.class_counts = torch.from_numpy(counts).to(self.device)  # (C,) training images
+
+    def answering_network(self):
+        """The network as it answers outside training: a plain ResNet50, its logits adjusted if that is asked for."""
+        settings, network = self.settings, self.network
+        if settings.loss == "ldam-drw" or settings.logit_adjustment:
+            network = copy.deepcopy(network)
+        if settings.loss == "ldam-drw":
+            network.fc = network.fc.as_linear()
+        if settings.logit_adjustment:
+            adjust_logits(network.fc, self.class_counts, settings.logit_adjustment)
+        return network
 
     def more_state(self):
         return {"sampler": self.sampler.state_dict(), "flips": self.flips.get_state(), "best_epoch": self.best_epoch,
@@ -47,18 +71,21 @@ def start_run(stage, settings, lists, device, precision):
     lists: what `read_lists` returned."""
     init, weights = initial_weights(stage, settings), teacher_weights(stage, settings)
     info = lists[0]
-    teachers = {name: load_teacher(name, path, settings, info, device, precision) for name, path in weights.items()}
+    teachers = load_teachers(weights, settings, info)
     network = ResNet50(len(info.classes))
     if not is_resumed(settings):
         said, description = initialise(network, init)
         if description:
             check_classes(description, info, init)
         say(f"initialised: {said}")
+    prepare_classifier(network, settings)
     data = load_data(*lists, settings)
+    teachers = freeze_teachers(teachers, stage, settings, data, device, precision)
     features = open_feature_cache(stage, settings, data, teachers, weights, device, precision)
     sampler = make_sampler(stage, settings, data.train, len(info.classes))
     network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum,
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum,
                                 weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
     flips = torch.Generator().manual_seed(settings.seed + 1)
     # A sampler that waits for each step's losses costs the look at them anyway.
@@ -68,6 +95,20 @@ def start_run(stage, settings, lists, device, precision):
               features=features, flips=flips)
     resume(run)
     return run
+
+
+def prepare_classifier(network, settings):
+    """Give `network`, in place, the last layer that --loss and --train ask for, and freeze what is not trained."""
+    if settings.loss == "ldam-drw":
+        classifier = CosineClassifier(network.fc.in_features, network.fc.out_features)
+        classifier.load_state_dict(network.fc.state_dict())
+        classifier.bias.requires_grad_(False)
+        network.fc = classifier
+    if settings.train == "classifier":
+        network.requires_grad_(False)
+        network.fc.weight.requires_grad_(True)
+        network.fc.bias.requires_grad_(settings.loss != "ldam-drw")
+        network.fc.reset_parameters()
 
 
 def make_sampler(stage, settings, dataset, num_classes):
