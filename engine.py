@@ -26,10 +26,12 @@ from runtime import (
     sum_over_processes,
     world_size,
 )
-from settings import identity, parse_settings
+from settings import identity, judged_on, parse_settings
 from stage import read_lists
 from training import check_common_settings, to_device, train_epochs, trained_form
 from training_run import describe_run, start_run
+
+DROWNED = 10  # times the classification loss: a distillation term above it leaves little to the labels
 
 
 def run_stage(stage, settings, description, argv=None):
@@ -68,7 +70,8 @@ def train(stage, settings, device):
             write_json(folder / "settings.json", {
                 **mine, **{key: run.description[key] for key in ("dataset", "device", "processes", "versions")}})
     train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
-    say(f"best epoch {run.best_epoch}: {settings.select} accuracy {run.best_accuracy:.4f}")
+    chosen = "last" if settings.select == "last" else "best"
+    say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
     if rank() == 0:
         report.draw_curves(folder)
     test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
@@ -126,12 +129,17 @@ def step_losses(run, trained, images, labels, groups, targets=None):
     with autocast(run.device, run.precision):
         logits, features = trained(images)  # (B, classes), (B, 1024, H/16, W/16)
         reweighted = run.epoch >= DRW_START * run.settings.epochs
-        losses = {run.settings.loss.replace("-", "_"): classification_loss(
-            run.settings.loss, logits, labels, run.class_counts, reweighted)}
+        losses = {loss_term(run.settings): classification_loss(run.settings.loss, logits, labels, run.class_counts,
+                                                               reweighted)}
         if run.teachers:
             whole_batch = run.settings.teacher_batch_norm == "train"
             losses.update(imitate(features, targets or run.stage.targets(run.teachers, images, groups, whole_batch)))
     return losses
+
+
+def loss_term(settings):
+    """The name of the classification loss in logs."""
+    return settings.loss.replace("-", "_")
 
 
 def learning_rate(settings, epoch, step, steps_per_epoch):
@@ -153,10 +161,22 @@ def finish_epoch(run, record):
     folder, select = Path(run.settings.output), run.settings.select
     network = run.answering_network()
     confusion = evaluate(network, run.data.select, len(run.data.info.classes), run.device, run.precision)
-    accuracy = record[f"{select}_accuracy"] = confusion.diag().sum().item() / confusion.sum().item()
+    accuracy = record[f"{judged_on(run.settings)}_accuracy"] = confusion.diag().sum().item() / confusion.sum().item()
     run.description.update(epoch=run.epoch, accuracy=accuracy)
     # Of equal epochs the later one: it has seen more, at a lower learning rate.
-    if accuracy >= run.best_accuracy:
+    if accuracy >= run.best_accuracy or select == "last":
         run.best_accuracy, run.best_epoch = accuracy, run.epoch
         save_checkpoint(folder / "best.pt", {"model": network.state_dict(), "description": run.description})
     report.log_epoch(record, run)
+    warn_of_drowned_labels(run, record)
+
+
+def warn_of_drowned_labels(run, record):
+    """Print one line, once a run, when a distillation term is far above the classification loss over an epoch."""
+    labels = record[loss_term(run.settings)]
+    for name, value in record.items():
+        if name.startswith("mse_") and value > DROWNED * labels and not run.warned:
+            run.warned = True
+            say(f"note: {name} is {value / labels:.0f} times the classification loss, so this stage learns to imitate "
+                "and hardly from the labels; usual reasons: teachers that normalise by other statistics than this "
+                "network (give --teacher-batch-norm train), or that started from another --init than this stage")

@@ -8,6 +8,7 @@ from charts import new_figure, save_figure
 from dataset import GROUPS
 from files import atomic_path, read_json_lines, write_json
 from runtime import say
+from settings import judged_on
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
@@ -59,9 +60,10 @@ def results_table(results):
     lines.append("class mean: " + "   ".join(
         f"{name} {percent(results[key]).strip()}"
         for name, key in [("all", "mean_per_class"), *((group, f"{group}_class_mean") for group in GROUPS)]))
-    chosen = {"val": "on the held-out part of train", "test": "on the TEST part (the authors' protocol)"}.get(
-        results["selected_on"], "in a way this file does not tell")
-    lines.append(f"{results['images']} test images; epoch chosen {chosen}; {results['parameters'] / 1e6:.2f} M "
+    chosen = {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
+              "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
+        results["selected_on"], "epoch chosen in a way this file does not tell")
+    lines.append(f"{results['images']} test images; {chosen}; {results['parameters'] / 1e6:.2f} M "
                  f"parameters, {results['flops'] / 1e9:.2f} GFLOP and {results['ms_per_image']} ms an image at "
                  f"{results['image_size']}x{results['image_size']} ({results['precision']}, batches of "
                  f"{results['ms_per_image_batch']}, {results['device']})")
@@ -89,11 +91,12 @@ def write_results(folder, results):
 def log_epoch(record, run):
     """Print the one line of an epoch."""
     settings = run.settings
-    chosen_on = f"{settings.select}_accuracy"
+    split = judged_on(settings)
+    chosen_on = f"{split}_accuracy"
     fixed = ("epoch", "lr", "loss", "seconds", "images_per_second", chosen_on)
     terms = "".join(f"  {name} {value:.4f}" for name, value in record.items() if name not in fixed)
     say(f"epoch {record['epoch']:>3}/{settings.epochs}  lr {record['lr']:.1e}  loss {record['loss']:.4f}{terms}  "
-        f"{settings.select} {record[chosen_on]:.4f} (best {run.best_accuracy:.4f} at {run.best_epoch})  "
+        f"{split} {record[chosen_on]:.4f} (kept {run.best_accuracy:.4f} at {run.best_epoch})  "
         f"{record['images_per_second']:.0f} images/s")
 
 
@@ -198,7 +201,7 @@ def draw_curves(folder):
     figure = new_figure(9, 3.6)
     losses, accuracy = figure.subplots(1, 2)
     for name in records[0]:
-        if name == "loss" or name == "cross_entropy" or name.startswith("mse_"):
+        if name in ("loss", "cross_entropy", "balanced_softmax", "ldam_drw") or name.startswith("mse_"):
             losses.plot(epochs, [record.get(name, math.nan) for record in records], label=name)
         elif name.endswith("_accuracy"):
             accuracy.plot(epochs, [100 * record.get(name, math.nan) for record in records], label=name)

@@ -44,8 +44,9 @@ class Settings:
         "train", "what teachers normalise by: train, statistics of the whole batch (the authors' behaviour); own, of "
                  "the teacher's own images in it; recalibrated, running statistics computed anew on the images of this "
                  "stage; eval, those of the teacher's training", choices=("train", "own", "recalibrated", "eval"))
-    select: str = setting("val", "what the best epoch is chosen on: val, the held-out part of train; test, the "
-                                 "authors' protocol, which also trains on the held-out part", choices=("val", "test"))
+    select: str = setting("val", "what the best epoch is chosen on: val, the held-out part of train; last, nothing: "
+                                 "the last epoch is kept, for held-out parts of few images; test, the authors' "
+                                 "protocol, which also trains on the held-out part", choices=("val", "last", "test"))
     seed: int = setting(0, "seed of everything random")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = setting("auto", "bf16, fp32, or auto: bf16 where the hardware is fast at it",
@@ -89,6 +90,11 @@ def check_ranges(settings):
                             ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("logit_adjustment", 0, 100),
                             ("calibration_momentum", 0, 0.9999), ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9)):
         check_range(settings, name, low, high)
+
+
+def judged_on(settings):
+    """The split that the network is tested on after every epoch: `val` or `test`."""
+    return "test" if settings.select == "test" else "val"
 
 
 def identity(stage, settings, precision, data):

@@ -62,7 +62,7 @@ def read_lists(stage, settings, training=True):
     classes = list(range(len(info.classes))) if stage.group == "all" else sorted(info.groups[stage.group])
     splits = {split: read_split(info, split) for split in SPLITS
               if training or split == "test" or (info.root / f"{split}.txt").exists()}
-    if training and settings.select == "val" and not splits["val"]:
+    if training and settings.select != "test" and not splits["val"]:
         raise UserError(f"{info.root / 'val.txt'}: no held-out part to choose the best epoch on; make the data set "
                         "with --val-fraction, or give --select test (the authors' protocol)")
     if settings.select == "test":

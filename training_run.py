@@ -35,6 +35,7 @@ class Run(TrainingRun):
     flips: torch.Generator
     best_epoch: int = 0
     best_accuracy: float = -1.0
+    warned: bool = False  # of distillation terms far above the classification loss
 
     def __post_init__(self):
         self.group_of_class = self.data.info.group_of_class()

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import reference
-from distillation import each_teacher, feature_mse, freeze, imitate, own_teacher, sums_by_class
+from distillation import each_teacher, feature_mse, freeze, imitate, own_teacher, recalibrate, sums_by_class
 from resnet50 import ResNet50
 
 
 @pytest.fixture(scope="module")
 def teachers():
     torch.manual_seed(0)
-    return {name: freeze(ResNet50(6)) for name in ("t1", "t2", "t3")}
+    return {name: freeze(ResNet50(6), "eval") for name in ("t1", "t2", "t3")}
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_feature_mse_is_fp32_under_bf16():
 def test_each_image_goes_through_its_own_teacher_only(teachers, batch):
     images, groups = batch
     features = torch.randn(7, 1024, 2, 2)
-    found = imitate(features, own_teacher(teachers, images, groups))["mse_own"]
+    found = imitate(features, own_teacher(teachers, images, groups, whole_batch=False))["mse_own"]
     for i in range(7):
         own = teachers[f"t{groups[i] + 1}"].layer3_features(images[i:i + 1])
         assert found[i].item() == pytest.approx(((own[0] - features[i]) ** 2).mean().item(), rel=1e-4)
@@ -99,23 +99,64 @@ def test_gradients_reach_the_student_and_never_a_teacher(teachers, batch):
         assert all(torch.equal(value, before[name][key]) for key, value in teacher.state_dict().items())
 
 
-def test_train_mode_batch_norm_is_a_switch(batch):
-    images, _ = batch
+def with_batch_statistics(network):
+    """The network with its batch norms alone in training mode."""
+    for module in network.eval().modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train()
+    return network
+
+
+@pytest.mark.parametrize("whole_batch", [True, False])
+def test_the_statistics_are_those_of_the_images_shown_together(batch, whole_batch):
+    """In mode `train` of the whole batch, in mode `own` of a teacher's own images in it."""
+    images, groups = batch
     torch.manual_seed(0)
-    teacher = freeze(ResNet50(6), "train")
-    running = teacher.bn1.running_mean.clone()
-    each_teacher({"t1": teacher}, images, None)
-    assert teacher.training and not torch.equal(teacher.bn1.running_mean, running)
+    networks = {name: with_batch_statistics(ResNet50(6)) for name in ("t1", "t2", "t3")}
+    teachers = {name: freeze(copy.deepcopy(network)) for name, network in networks.items()}
+    found = own_teacher(teachers, images, groups, whole_batch)["own"]
+    for number, network in enumerate(networks.values()):
+        mine = groups == number
+        with torch.no_grad():
+            expected = network.layer3_features(images)[mine] if whole_batch else network.layer3_features(images[mine])
+        assert torch.allclose(found[mine], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_teacher_has_no_running_statistics_that_could_drift(batch):
+    teacher = freeze(ResNet50(6))
+    before = copy.deepcopy(teacher.state_dict())
+    each_teacher({"t1": teacher}, *batch)
+    assert not any("running" in name for name in before) and not teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-def test_in_train_mode_the_statistics_are_those_of_the_whole_batch(batch):
+def test_one_network_as_the_teacher_of_several_groups_runs_once(batch, monkeypatch):
     images, groups = batch
     torch.manual_seed(0)
-    teacher = freeze(ResNet50(6), "train")
-    whole = copy.deepcopy(teacher).layer3_features(images)
-    found = imitate(whole.detach(), own_teacher(dict.fromkeys(("t1", "t2", "t3"), teacher), images, groups))["mse_own"]
-    assert found.max() < 1e-9
+    teacher, asked = freeze(ResNet50(6)), []
+    features = teacher.layer3_features
+    monkeypatch.setattr(teacher, "layer3_features", lambda shown: asked.append(len(shown)) or features(shown))
+    found = own_teacher(dict.fromkeys(("t1", "t2", "t3"), teacher), images, groups)["own"]
+    assert asked == [7] and torch.equal(found, features(images))
+
+
+def test_recalibrated_statistics_are_means_over_the_batches(batch):
+    """Of the first two layers, against their own outputs; a teacher with them gives an image always the same."""
+    torch.manual_seed(0)
+    network = trained_looking(ResNet50(6))
+    batches = torch.randn(3, 5, 1, 32, 32, generator=torch.Generator().manual_seed(5))
+    recalibrate(network, batches)
+    with torch.no_grad():
+        stems = [network.conv1(images) for images in batches]  # (5, 64, 16, 16)
+    means = torch.stack([stem.mean((0, 2, 3)) for stem in stems]).mean(0)
+    variances = torch.stack([stem.var((0, 2, 3)) for stem in stems]).mean(0)
+    assert torch.allclose(network.bn1.running_mean, means, atol=1e-5)
+    assert torch.allclose(network.bn1.running_var, variances, rtol=1e-4)
+    teacher = freeze(network, "recalibrated")
+    images, _ = batch
+    together, alone = teacher.layer3_features(images)[:2], teacher.layer3_features(images[:2])
+    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
 
 
 def trained_looking(network):
@@ -136,17 +177,18 @@ def test_a_teacher_gives_the_features_of_the_network_that_it_was(batch):
     network = trained_looking(ResNet50(6)).eval()
     with torch.no_grad():
         exact = network.layer3_features(images)
-        assert torch.allclose(freeze(network).layer3_features(images), exact, rtol=1e-4, atol=1e-4 * exact.max())
+        folded = freeze(copy.deepcopy(network), "eval").layer3_features(images)
+        assert torch.allclose(folded, exact, rtol=1e-4, atol=1e-4 * exact.max())
         with torch.autocast("cpu", torch.bfloat16):
             usual = network.layer3_features(images)
-            teacher = freeze(network, precision="bf16").layer3_features(images)
+            teacher = freeze(copy.deepcopy(network), "eval", "bf16").layer3_features(images)
     assert (teacher - exact).norm() < 1.3 * (usual - exact).norm() and (usual - exact).norm() > 0
 
 
-def test_a_bf16_teacher_in_train_mode_gives_what_autocast_gives(batch):
+def test_a_bf16_teacher_with_batch_statistics_gives_what_autocast_gives(batch):
     images, _ = batch
     torch.manual_seed(0)
-    network = ResNet50(6).train()
+    network = with_batch_statistics(ResNet50(6))
     rounded = freeze(copy.deepcopy(network), "train", "bf16")
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(rounded.layer3_features(images), network.layer3_features(images))
