@@ -51,7 +51,7 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     shape = (len(data.train), *first.shape[1:])
     needed = dtype.itemsize * math.prod(shape)
     folder = data.info.root / "cache"
-    file = folder / f"features_{stage.name}_{cache_key(data, weights, dtype)}.npy"
+    file = folder / f"features_{stage.name}_{cache_key(data, weights, dtype, settings)}.npy"
     older = sum(other.stat().st_size for other in folder.glob(f"features_{stage.name}_*.npy"))  # makes way for it
     room = min(settings.feature_cache * 1e9, shutil.disk_usage(folder).free + older)
     # All processes decide alike, and before one of them begins to fill the disk.
@@ -64,9 +64,12 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     return FeatureCache(file, names, dtype)
 
 
-def cache_key(data, weights, dtype):
-    """16 hexadecimal digits that change with the teachers, the images, their order and classes, and the precision."""
-    digest = hashlib.sha256(f"{FORMAT} {dtype} {data.train.cache.key}".encode())
+def cache_key(data, weights, dtype, settings):
+    """16 hexadecimal digits that change with the teachers and their batch norm, the images, their order and classes,
+    and the precision."""
+    digest = hashlib.sha256(f"{FORMAT} {dtype} {data.train.cache.key} {settings.teacher_batch_norm}".encode())
+    if settings.teacher_batch_norm == "recalibrated":  # on images that the seed draws
+        digest.update(str(settings.seed).encode())
     for path in weights.values():
         digest.update(sha256_of(path).encode())
     digest.update(data.train.rows.tobytes() + data.train.labels.tobytes())

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from flags import check_range, epochs_list, parse_flags, run_identity, setting
 
+TEACHER_BATCH_NORM = ("train", "own", "recalibrated", "eval")  # the first is the default
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,9 +43,10 @@ class Settings:
     calibration_momentum: float = setting(0.0, "self-calibrated: 0 weighs the classes by the last batch alone (the "
                                                "paper); above 0, by a running loss of each class")
     teacher_batch_norm: str = setting(
-        "train", "what teachers normalise by: train, statistics of the whole batch (the authors' behaviour); own, of "
-                 "the teacher's own images in it; recalibrated, running statistics computed anew on the images of this "
-                 "stage; eval, those of the teacher's training", choices=("train", "own", "recalibrated", "eval"))
+        TEACHER_BATCH_NORM[0], "what teachers normalise by: train, statistics of the whole batch (the authors' "
+                               "behaviour); own, of the teacher's own images in it; recalibrated, running statistics "
+                               "computed anew on the images of this stage; eval, those of the teacher's training",
+        choices=TEACHER_BATCH_NORM)
     select: str = setting("val", "what the best epoch is chosen on: val, the held-out part of train; last, nothing: "
                                  "the last epoch is kept, for held-out parts of few images; test, the authors' "
                                  "protocol, which also trains on the held-out part", choices=("val", "last", "test"))

@@ -187,10 +187,11 @@ def freeze_teachers(networks, stage, settings, data, device, precision):
     return frozen
 
 
-def recalibration_batches(dataset, settings, device, batches=50, batch_size=32):
-    """Class-aware batches of training images as a network takes them, the same for the same --seed."""
-    sampler = ClassAwareBatchSampler(dataset.labels, batch_size, settings.seed)
-    for _ in range(batches):
+def recalibration_batches(dataset, settings, device):
+    """Class-aware batches of 32 training images as a network takes them, as many images as there are but no more than
+    1,600; the same for the same --seed."""
+    sampler = ClassAwareBatchSampler(dataset.labels, 32, settings.seed)
+    for _ in range(min(len(sampler), 50)):
         yield network_input(dataset.__getitems__(sampler.draw().tolist())[0].to(device))
 
 

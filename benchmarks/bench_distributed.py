@@ -40,7 +40,7 @@ def work(folder, stage, batch_size, steps, size):
     start_processes(device)
     seed_everything(0)
     precision = resolve_precision("auto", device)
-    run = stage_run(STEPS[stage], folder, read_info(folder / "data"), size, batch_size, precision, device)
+    run = stage_run(STEPS[stage][0], folder, read_info(folder / "data"), size, batch_size, precision, device)
     trained = trained_form(run, run.settings.compile).train()
     seconds, reduce_seconds = [], []
     for number, indices in zip(range(steps + 3), run.sampler, strict=False):
