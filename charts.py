@@ -1,5 +1,9 @@
 """Charts as PNG files, by matplotlib."""
 
+import unicodedata
+import warnings
+from itertools import accumulate
+
 from files import atomic_path
 
 
@@ -14,7 +18,17 @@ def new_figure(width, height):
     return figure
 
 
+def as_label(name, width=40):
+    """A name as matplotlib is to be given it: cut to so many columns, of which a Chinese, Japanese or Korean letter
+    takes two, and with `$` escaped, which would begin a formula."""
+    ends = list(accumulate(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name))
+    if ends and ends[-1] > width:
+        name = name[:sum(end < width for end in ends)] + "…"
+    return name.replace("$", r"\$")
+
+
 def save_figure(figure, path):
     """Write a figure as PNG, atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=110)
