@@ -1,10 +1,13 @@
 """Charts as PNG files, by matplotlib."""
 
+import contextlib
 import unicodedata
 import warnings
 from itertools import accumulate
+from pathlib import Path
 
 from files import atomic_path
+from runtime import one_line, say
 
 
 def new_figure(width, height):
@@ -32,3 +35,16 @@ def save_figure(figure, path):
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=110)
+
+
+@contextlib.contextmanager
+def optional_picture(path):
+    """Yield the path of a picture that is to be drawn, without what an earlier run has left there. A picture is no
+    result: one that cannot be drawn is a note and no error."""
+    path = Path(path)
+    with contextlib.suppress(OSError):  # what cannot be removed cannot be replaced either, and that is told
+        path.unlink(missing_ok=True)
+    try:
+        yield path
+    except Exception as error:
+        say(f"note: {path} was not drawn ({one_line(error) or type(error).__name__})")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import report
+from charts import optional_picture
 from dataset import GROUPS, fingerprint, network_input
 from distillation import imitate, sums_by_class
 from evaluation import evaluate, test, test_only
@@ -70,7 +71,8 @@ def train(stage, settings, device):
     train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
     say(f"best epoch {run.best_epoch}: {settings.select} accuracy {run.best_accuracy:.4f}")
     if rank() == 0:
-        report.draw_curves(folder)
+        with optional_picture(folder / "curves.png"):
+            report.draw_curves(folder)
     test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
          device)
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import report
+from charts import optional_picture
 from dataset import class_counts, network_input, read_info
 from files import read_json, sha256_of
 from inference import batch_size, inference_network
@@ -61,8 +62,8 @@ def measure(network, image_size, device, precision, repeats=5):
 
 
 def test(stage, settings, info, classes, train_labels, dataset, weights, device):
-    """Test a checkpoint, print the table, write results.json, results.txt and confusion.png into `settings.output`.
-    Returns the results on the first process, None on the others.
+    """Test a checkpoint, print the table, write results.json, results.txt and, after them, confusion.png into
+    `settings.output`. Returns the results on the first process, None on the others.
 
     info: the DatasetInfo. classes: the ids to report on. train_labels: of the images it was trained on, to be counted.
     dataset: the test images. The precision `auto` is fp32 here: a number that is compared with a published one should
@@ -85,6 +86,8 @@ def test(stage, settings, info, classes, train_labels, dataset, weights, device)
         "confusion": confusion.tolist(),
     }
     report.write_results(Path(settings.output), results)
+    with optional_picture(Path(settings.output) / "confusion.png") as path:
+        report.draw_confusion(results, path)
     return results
 
 

@@ -78,13 +78,12 @@ def authors_text(results):
 
 
 def write_results(folder, results):
-    """Print the table and write results.json, results.txt (the authors' form) and confusion.png into `folder`."""
+    """Print the table and write results.json and results.txt (the authors' form) into `folder`."""
     print(results_table(results), flush=True)
-    draw_confusion(results, folder / "confusion.png")
     with atomic_path(folder / "results.txt") as temporary:
         temporary.write_text(authors_text(results), encoding="utf-8")
     write_json(folder / "results.json", results)
-    print(f"written: {folder / 'results.json'}, results.txt, confusion.png", flush=True)
+    print(f"written: {folder / 'results.json'}, results.txt", flush=True)
 
 
 def log_epoch(record, run):
