@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import report
+from charts import optional_picture
 from dataset import GROUPS, fingerprint, network_input
 from distillation import imitate, sums_by_class
 from evaluation import evaluate, test, test_only
@@ -73,7 +74,8 @@ def train(stage, settings, device):
     chosen = "last" if settings.select == "last" else "best"
     say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
     if rank() == 0:
-        report.draw_curves(folder)
+        with optional_picture(folder / "curves.png"):
+            report.draw_curves(folder)
     test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
          device)
 

@@ -3,14 +3,17 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import report
+from charts import optional_picture
 from dataset import class_counts, network_input, read_info
 from files import read_json, sha256_of
 from inference import batch_size, inference_network
+from mistakes import draw_mistakes
 from resnet50 import load_network
 from runtime import (
     UserError,
@@ -25,19 +28,44 @@ from runtime import (
 from stage import check_classes, load_test_images, read_lists
 
 
-@torch.inference_mode()
-def evaluate(network, dataset, num_classes, device, precision):
-    """Confusion matrix of `network` over `dataset`, (true classes, predicted classes) int64 on the CPU.
+class Predictions(NamedTuple):
+    """What a network says about each of N images, on the CPU. classes: (N,) int64, the most probable class.
+    probabilities: (N,) fp32, of that class, by softmax."""
 
-    With several processes each takes a share; every image counts once."""
+    classes: torch.Tensor
+    probabilities: torch.Tensor
+
+
+@torch.inference_mode()
+def predict_all(network, dataset, device, precision):
+    """The Predictions of `network` for every image of `dataset`. With several processes each takes a share, and all of
+    them return the whole."""
     logits_of, together = inference_network(network, device, precision), batch_size(device)
+    classes = torch.zeros(len(dataset), dtype=torch.int64, device=device)
+    probabilities = torch.zeros(len(dataset), device=device)
     share = range(rank(), len(dataset), world_size())
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
     for start in range(0, len(share), together):
-        images, labels = dataset.__getitems__(list(share[start:start + together]))
-        pairs = labels.to(device) * num_classes + logits_of(images).argmax(1)
-        confusion += torch.bincount(pairs, minlength=num_classes * num_classes)
-    return sum_over_processes(confusion).view(num_classes, num_classes).cpu()
+        batch = share[start:start + together]
+        images, _ = dataset.__getitems__(list(batch))
+        logits = logits_of(images)  # (B, classes) fp32
+        predicted = logits.argmax(1)
+        at = slice(batch.start, batch.stop, batch.step)
+        classes[at] = predicted
+        probabilities[at] = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+    # What is another's is 0 here, so that the sum joins the shares.
+    return Predictions(sum_over_processes(classes).cpu(), sum_over_processes(probabilities).cpu())
+
+
+def confusion_matrix(labels, predicted, num_classes):
+    """(true classes, predicted classes) int64: how many images of each class were taken for each, from (N,) int64
+    labels and predictions."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def evaluate(network, dataset, num_classes, device, precision):
+    """Confusion matrix of `network` over `dataset`, (true classes, predicted classes) int64 on the CPU."""
+    predictions = predict_all(network, dataset, device, precision)
+    return confusion_matrix(torch.from_numpy(dataset.labels), predictions.classes, num_classes)
 
 
 @torch.inference_mode()
@@ -61,8 +89,8 @@ def measure(network, image_size, device, precision, repeats=5):
 
 
 def test(stage, settings, info, classes, train_labels, dataset, weights, device):
-    """Test a checkpoint, print the table, write results.json, results.txt and confusion.png into `settings.output`.
-    Returns the results on the first process, None on the others.
+    """Test a checkpoint, print the table, write results.json and results.txt, then confusion.png and mistakes.png, into
+    `settings.output`. Returns the results on the first process, None on the others.
 
     info: the DatasetInfo. classes: the ids to report on. train_labels: of the images it was trained on, to be counted.
     dataset: the test images. The precision `auto` is fp32 here: a number that is compared with a published one should
@@ -71,9 +99,10 @@ def test(stage, settings, info, classes, train_labels, dataset, weights, device)
     num_classes = len(info.classes)
     network, description = load_network(weights, num_classes)
     network.to(device, memory_format=torch.channels_last)
-    confusion = evaluate(network, dataset, num_classes, device, precision)
+    predictions = predict_all(network, dataset, device, precision)
     if rank() != 0:
         return None
+    confusion = confusion_matrix(torch.from_numpy(dataset.labels), predictions.classes, num_classes)
     description = description or {"stage": stage.name, "selected_on": "unknown", "epoch": None}
     results = {
         "dataset": info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
@@ -85,7 +114,19 @@ def test(stage, settings, info, classes, train_labels, dataset, weights, device)
         "confusion": confusion.tolist(),
     }
     report.write_results(Path(settings.output), results)
+    draw_pictures(Path(settings.output), results, dataset, predictions, info)
     return results
+
+
+def draw_pictures(folder, results, dataset, predictions, info):
+    """confusion.png and mistakes.png of a test; one that cannot be drawn is a note."""
+    with optional_picture(folder / "confusion.png") as path:
+        report.draw_confusion(results, path)
+    with optional_picture(folder / "mistakes.png") as path:
+        draw_mistakes(dataset, predictions, info, f"{results['dataset']}, {results['stage']}", path)
+    drawn = [name for name in ("confusion.png", "mistakes.png") if (folder / name).is_file()]
+    if drawn:
+        say(f"drawn: {folder / ', '.join(drawn)}")
 
 
 def test_only(stage, settings, given, device):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
-from charts import new_figure, save_figure
+from charts import as_label, new_figure, save_figure
 from dataset import GROUPS
 from files import atomic_path, read_json_lines, write_json
 from runtime import say
@@ -13,6 +13,7 @@ from settings import judged_on
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
 ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, yardsticks, student
+READABLE_CLASSES = 120  # of a confusion matrix with its counts; more of them are drawn in colours alone
 SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
 
 
@@ -79,13 +80,12 @@ def authors_text(results):
 
 
 def write_results(folder, results):
-    """Print the table and write results.json, results.txt (the authors' form) and confusion.png into `folder`."""
+    """Print the table and write results.json and results.txt (the authors' form) into `folder`."""
     print(results_table(results), flush=True)
-    draw_confusion(results, folder / "confusion.png")
     with atomic_path(folder / "results.txt") as temporary:
         temporary.write_text(authors_text(results), encoding="utf-8")
     write_json(folder / "results.json", results)
-    print(f"written: {folder / 'results.json'}, results.txt, confusion.png", flush=True)
+    print(f"written: {folder / 'results.json'}, results.txt", flush=True)
 
 
 def log_epoch(record, run):
@@ -156,11 +156,11 @@ def draw_class_counts(info, counts, path):
         at = [x for x, c in enumerate(order) if group_of_class[c] == number]
         heights = [totals[order[x]] for x in at]
         axes.bar(at, heights, color=GROUP_COLOURS[group], label=f"{group}: {len(at)} classes, {sum(heights)} images")
-    axes.set_xticks(range(len(order)), [info.classes[c] for c in order], rotation=60, ha="right", fontsize=7)
+    axes.set_xticks(range(len(order)), [as_label(info.classes[c]) for c in order], rotation=60, ha="right", fontsize=7)
     if max(totals) > 100 * max(min(totals), 1):
         axes.set_yscale("log")
     axes.set_ylabel("training images")
-    axes.set_title(f"{info.name}", fontsize=9)
+    axes.set_title(as_label(info.name), fontsize=9)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
@@ -168,27 +168,29 @@ def draw_class_counts(info, counts, path):
 def draw_confusion(results, path):
     """The confusion matrix as a picture: rows are true classes, each scaled to sum 1, named in their group's colour."""
     ids = [row["id"] for row in results["per_class"]]
-    side = max(5.0, 0.32 * len(ids) + 2.5)
+    side = min(max(5.0, 0.32 * len(ids) + 2.5), 40)
     figure = new_figure(side, side)
     axes = figure.add_subplot()
     rows = [[results["confusion"][true][predicted] for predicted in ids] for true in ids]
     totals = [max(row["test"], 1) for row in results["per_class"]]
     shares = [[count / total for count in row] for row, total in zip(rows, totals, strict=True)]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for y, row in enumerate(rows):
+    for y, row in enumerate(rows if len(rows) <= READABLE_CLASSES else []):
         for x, count in enumerate(row):
             if count:
                 axes.text(x, y, str(count), ha="center", va="center", fontsize=6,
                           color="white" if shares[y][x] > 0.5 else "black")
-    names = [f"{row['name']} ({row['train']})" for row in results["per_class"]]
-    axes.set_xticks(range(len(ids)), [row["name"] for row in results["per_class"]], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(ids)), names, fontsize=7)
+    names = [as_label(row["name"]) for row in results["per_class"]]
+    counted = [f"{as_label(row['name'])} ({row['train']})" for row in results["per_class"]]
+    size = min(7, 2000 / len(ids))  # points
+    axes.set_xticks(range(len(ids)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(ids)), counted, fontsize=size)
     for label, row in zip(axes.get_yticklabels(), results["per_class"], strict=True):
         label.set_color(GROUP_COLOURS[row["group"]])
     axes.set_xlabel("predicted")
     axes.set_ylabel("true class (training images)")
     overall = percent(results["overall"]).strip()
-    axes.set_title(f"{results['dataset']}, {results['stage']}: overall {overall} %", fontsize=9)
+    axes.set_title(f"{as_label(results['dataset'])}, {results['stage']}: overall {overall} %", fontsize=9)
     save_figure(figure, path)
 
 
@@ -231,8 +233,8 @@ def draw_comparison(runs, path):
             values.append(100 * mean(found) if found else math.nan)
         axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name,
                  color=colours[number % len(colours)])
-    axes.set_xticks(range(len(rows)), [f"{row['name']} ({row['train']})" for row in rows], rotation=60, ha="right",
-                    fontsize=7)
+    axes.set_xticks(range(len(rows)), [f"{as_label(row['name'])} ({row['train']})" for row in rows], rotation=60,
+                    ha="right", fontsize=7)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):
         label.set_color(GROUP_COLOURS[row["group"]])
     axes.set_ylim(0, 100)

@@ -37,13 +37,13 @@ def run_script(main):
     try:
         status = main()
     except (UserError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         status = 2
     except Stopped as stopped:
         say(f"\n{stopped}")
         status = stopped.status
     except torch.OutOfMemoryError as error:
-        print(f"error: the GPU's memory is not enough ({_one_line(error)[:120]}); give a smaller --batch-size, or "
+        print(f"error: the GPU's memory is not enough ({one_line(error)[:120]}); give a smaller --batch-size, or "
               "smaller images", file=sys.stderr, flush=True)
         status = 2
     except RuntimeError as error:
@@ -64,7 +64,7 @@ def run_script(main):
     sys.exit(status)
 
 
-def _one_line(error):
+def one_line(error):
     """An error in one printable line of bounded length, whatever a hostile file has put into it."""
     message = str(error)
     if isinstance(error, OSError):

@@ -1,5 +1,6 @@
 """Accuracies and tables against numbers counted by hand."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -7,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
+from PIL import Image
 
 import report
+from charts import as_label
 from dataset import DatasetInfo
 
 GROUPS = {"head": [0], "middle": [2], "tail": [1, 3]}
 INFO = DatasetInfo(Path(), "hand", ["a", "b", "c", "d"], GROUPS, "by hand", Path())
+ODD_NAMES = [["$a$ \\frac{", "_b_", r"\$c$", "d^{"], ["帆船", "корабль", "πλοίο", "e\u0301$$"],
+             ["x" * 500, "$" * 500, "船" * 500, "d"]]
 CONFUSION = torch.tensor([[8, 1, 1, 0], [1, 1, 0, 0], [0, 0, 3, 1], [2, 0, 0, 2]])
 
 
@@ -75,8 +81,46 @@ def test_files_of_a_test(tmp_path, capsys):
     report.write_results(tmp_path, results_of())
     assert json.loads((tmp_path / "results.json").read_text())["overall"] == 0.7
     assert (tmp_path / "results.txt").read_text().endswith("test_image_all:20\n")
-    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert "70.00" in capsys.readouterr().out
+
+
+def size_of(path):
+    """(width, height) of a PNG in pixels."""
+    with Image.open(path) as image:
+        return image.size
+
+
+@pytest.mark.parametrize("names", ODD_NAMES)
+def test_class_names_are_drawn_as_they_are(tmp_path, names, recwarn):
+    results = results_of()
+    results = {**results, "dataset": names[0], "per_class": [
+        {**row, "name": name} for row, name in zip(results["per_class"], names, strict=True)]}
+    report.draw_confusion(results, tmp_path / "confusion.png")
+    report.draw_comparison({"baseline": [results]}, tmp_path / "comparison.png")
+    report.draw_class_counts(dataclasses.replace(INFO, name=names[0], classes=names),
+                             {"train": [90, 4, 30, 7], "val": [0] * 4}, tmp_path / "class_counts.png")
+    assert size_of(tmp_path / "confusion.png") == (550, 550) and not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["plain", "$a$", r"\$", r"\\$x$", "a$b", "_$_", "$$"])
+def test_a_label_is_never_a_formula(name):
+    text = Text(text=as_label(name))
+    assert text._preprocess_math(text.get_text()) == (name, False)
+
+
+def test_long_names_are_cut_to_columns():
+    assert as_label("destroyer", 9) == "destroyer" and as_label("destroyer", 8) == "destroy…"
+    assert as_label("驱逐舰", 6) == "驱逐舰" and as_label("驱逐舰", 5) == "驱逐…" and as_label("") == ""
+
+
+def test_a_confusion_matrix_of_many_classes_is_of_bounded_size(tmp_path):
+    classes = [str(number) for number in range(130)]
+    info = dataclasses.replace(INFO, classes=classes, groups={"head": list(range(130)), "middle": [], "tail": []})
+    confusion = torch.ones(130, 130, dtype=torch.int64)
+    results = {**results_of(), "confusion": confusion.tolist(),
+               **report.accuracies(confusion, info, list(range(130)), [1] * 130)}
+    report.draw_confusion(results, tmp_path / "confusion.png")
+    assert size_of(tmp_path / "confusion.png") == (4400, 4400)
 
 
 def test_comparison_is_mean_and_sample_deviation():

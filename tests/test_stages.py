@@ -61,7 +61,7 @@ def test_all_stages_run_and_leave_their_files(pipeline):
     for stage in STAGES:
         assert set(os.listdir(folder / "seed0" / stage)) == {
             "settings.json", "log.jsonl", "last.pt", "best.pt", "results.json", "results.txt", "curves.png",
-            "confusion.png"}
+            "confusion.png", "mistakes.png"}
         assert [record["epoch"] for record in log_of(folder / "seed0" / stage)] == [1, 2]
     table = (folder / "comparison.txt").read_text()
     assert "baseline" in table and "T2FTS student" in table and "class mean" in table
