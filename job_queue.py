@@ -169,7 +169,7 @@ class JobQueue:
             say_above(f"\n== {job.name}")
             process = subprocess.Popen(command, env=self.environments[slot])
         bar = tqdm(desc=job.name, position=slot, leave=False, disable=None if self.logged else True,
-                   bar_format="{desc}: {n_fmt}{postfix}")
+                   bar_format="{desc}")
         return Running(job, process, time.monotonic(), log_start, bar)
 
     def collect(self, signals):
@@ -208,17 +208,19 @@ def show_progress(running):
     bar, folder = running.bar, running.job.folder
     if bar.disable:
         return
-    with contextlib.suppress(UserError, KeyError, TypeError):  # of files that are not there yet, or not whole
+    # Files that are not there yet, or not whole, are no reason to stop what runs.
+    with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
         log = read_json_lines(folder / "log.jsonl")
         if len(log) != bar.n:
-            accuracy = [f", {name.split('_')[0]} {value:.4f}" for name, value in log[-1].items() if "accuracy" in name]
+            accuracy = "".join(f", {key} {value:.4f}" for key, value in log[-1].items() if key.endswith("_accuracy"))
+            epochs = read_json(folder / "settings.json")["epochs"]
             bar.n = len(log)
-            bar.set_postfix_str(f"of {read_json(folder / 'settings.json')['epochs']} epochs{''.join(accuracy)}")
+            bar.set_description_str(f"{running.job.name}: epoch {bar.n} of {epochs}{accuracy}")
 
 
 def accuracy_of(job):
     """The overall accuracy that a finished job found, in per cent, for the eye."""
-    with contextlib.suppress(UserError, KeyError, TypeError):
+    with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
         return f"{100 * read_json(job.folder / 'results.json')['overall']:.1f}"
     return "unknown"
 
