@@ -55,12 +55,8 @@ def _run(stage, settings, given):
 def train(stage, settings, device):
     """Train a stage, keep `last.pt` and `best.pt`, then test the best."""
     folder = Path(settings.output)
-    check_possible(stage, settings)
-    precision, lists = resolve_precision(settings.precision, device), read_lists(stage, settings)
-    mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
-    if rank() == 0:
-        check_output(settings, mine, f"lists, classes or groups than {settings.data_root} has")
-    if settings.resume and (folder / "results.json").exists():
+    precision, lists, mine = check_run(stage, settings, device)
+    if is_finished(settings):
         say(f"{folder}: is finished already, see results.json there")
         return
     run = start_run(stage, settings, lists, device, precision)
@@ -78,6 +74,22 @@ def train(stage, settings, device):
             report.draw_curves(folder)
     test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
          device)
+
+
+def check_run(stage, settings, device):
+    """Raise UserError for settings that cannot work, and for an --output that holds another run than theirs. Returns
+    the precision, what `read_lists` returned, and the run's `settings.identity`."""
+    check_possible(stage, settings)
+    precision, lists = resolve_precision(settings.precision, device), read_lists(stage, settings)
+    mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
+    if rank() == 0:
+        check_output(settings, mine, f"lists, classes or groups than {settings.data_root} has")
+    return precision, lists, mine
+
+
+def is_finished(settings):
+    """Whether the run that is gone on with has been tested, which a stage does last."""
+    return settings.resume and (Path(settings.output) / "results.json").exists()
 
 
 def check_possible(stage, settings):

@@ -12,7 +12,7 @@ from settings import judged_on
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
-ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, yardsticks, student
+ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, rivals, student
 READABLE_CLASSES = 120  # of a confusion matrix with its counts; more of them are drawn in colours alone
 SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
 
@@ -106,16 +106,39 @@ def log_epoch(record, run):
 def comparison(runs):
     """Mean and standard deviation of the summary accuracies.
 
-    runs: {row name: [results of one seed, ...]}. Returns {row name: {measure: (mean, deviation, values)}}; the
-    deviation is that of a sample (n - 1), 0 for one seed."""
+    runs: {row name: [results of one seed, ...]}. Returns {row name: {measure: (mean, deviation, values)}}."""
     table = {}
     for name, seeds in runs.items():
         table[name] = {}
         for measure in SUMMARY:
             values = [results[measure] for results in seeds]
             if None not in values:
-                table[name][measure] = (mean(values), stdev(values) if len(values) > 1 else 0.0, values)
+                table[name][measure] = (mean(values), deviation(values), values)
     return table
+
+
+def deviation(values):
+    """The standard deviation of a sample (n - 1), 0 of a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def paired_differences(row, other):
+    """Two rows of a `comparison` seed by seed: {measure: (mean, deviation, values)} of `row` minus `other`. What the
+    seeds have in common, such as the baseline that both start from, drops out of the deviation."""
+    differences = {}
+    for measure in row:
+        if measure in other:
+            values = [a - b for a, b in zip(row[measure][2], other[measure][2], strict=True)]
+            differences[measure] = (mean(values), deviation(values), values)
+    return differences
+
+
+def paired_line(differences, seeds):
+    """The differences by class mean, overall and tail as text, in per cent: "class mean +1.3 ± 0.4, ..."."""
+    columns = [("class mean", "mean_per_class"), ("overall", "overall"), ("tail", "tail")]
+    return ", ".join(f"{title} {100 * differences[measure][0]:+.1f}"
+                     + (f" ± {100 * differences[measure][1]:.1f}" if seeds > 1 else "")
+                     for title, measure in columns if measure in differences)
 
 
 def comparison_table(table, seeds):
@@ -219,12 +242,12 @@ def draw_curves(folder):
 def draw_comparison(runs, path):
     """Accuracy of every class in every row of `runs`, the classes with most training images first.
 
-    runs: {row name: [results of one seed, ...]}; the bars are means over seeds."""
+    runs: {row name: [results of one seed, ...]}, at most as many as ROW_COLOURS; the bars are means over seeds."""
     rows = sorted(next(iter(runs.values()))[0]["per_class"], key=lambda row: -row["train"])
     figure = new_figure(max(7.0, 0.42 * len(rows) + 2), 5.5)
     axes = figure.add_subplot()
     width = 0.8 / len(runs)
-    colours = ROW_COLOURS if len(runs) == len(ROW_COLOURS) else (ROW_COLOURS[0], ROW_COLOURS[-1])
+    colours = (*ROW_COLOURS[:len(runs) - 1], ROW_COLOURS[-1])
     for number, (name, seeds) in enumerate(runs.items()):
         values = []
         for row in rows:
@@ -232,7 +255,7 @@ def draw_comparison(runs, path):
                      if other["id"] == row["id"] and other["accuracy"] is not None]
             values.append(100 * mean(found) if found else math.nan)
         axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name,
-                 color=colours[number % len(colours)])
+                 color=colours[number])
     axes.set_xticks(range(len(rows)), [f"{as_label(row['name'])} ({row['train']})" for row in rows], rotation=60,
                     ha="right", fontsize=7)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):

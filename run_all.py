@@ -1,6 +1,8 @@
-"""The five stages in order, for one or several seeds, and one table: baseline against student, mean and deviation.
+"""The five stages for one or several seeds, and one table of mean and deviation: baseline against student, and on
+request the student's rivals and the student without one of its parts.
 
-    python run_all.py --data-root data/FGSC-23 --output runs/fgsc --seeds 0 1 2
+    python run_all.py --data-root data/FGSC-23 --output runs/fgsc --seeds 0 1 2 --jobs 2
+    python run_all.py --data-root data/FGSC-23 --output runs/fgsc --seeds 0 1 2 --yardsticks --ablations --resume
     python run_all.py --data-root data/mine --output runs/mine --init none --epochs 20 --schedule one-cycle --lr 0.01
 
 Every flag of the stage scripts is passed on to all of them; --init is the baseline's alone, the other stages start from
@@ -9,21 +11,49 @@ the baseline. DIR/seed0/t1 and so on are the stages' folders; DIR/comparison.{tx
 import argparse
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import baseline_cl_s_weight
+import baseline_cl_t1
+import baseline_cl_t2
+import baseline_cl_t3
+import baseline_resnet50
 import report
+from engine import check_run, is_finished
 from files import atomic_path, read_json, write_json
 from flags import add_flags
-from runtime import Stopped, StopSignals, UserError, run_script
-from settings import Settings
-from stage import SCRIPTS
+from job_queue import Job, run_jobs, slots
+from runtime import UserError, resolve_device, run_script, say
+from settings import Settings, parse_settings
 
 # Flags of a single stage that make no sense for all of them, or that this script sets itself.
-OWN_FLAGS = ("output", "seed", "init", "sampler", "t1", "t2", "t3", "test_only", "weights", "expect_accuracy")
+OWN_FLAGS = ("output", "seed", "init", "t1", "t2", "t3", "sampler", "train", "loss", "logit_adjustment", "distillation",
+             "test_only", "weights", "expect_accuracy")
+
+STAGES = ("baseline", "t1", "t2", "t3", "student")
+# What baseline_resnet50.py is told to train from the finished baseline, for as many steps as the student.
+RIVALS = {
+    "class_aware": {"sampler": "class-aware"},
+    "balanced_softmax": {"loss": "balanced-softmax"},
+    "logit_adjustment": {"logit_adjustment": 1.0},
+    "ldam_drw": {"loss": "ldam-drw"},
+    "crt": {"train": "classifier", "sampler": "class-aware"},
+}
+ABLATIONS = ("student_no_hierarchy", "student_class_aware", "student_one_teacher", "student_balanced_softmax")
+ALONE = ("t2_alone", "t3_alone")  # teachers that no teacher has taught
+ROWS = {
+    "baseline": "baseline",
+    "class_aware": "class-aware sampling",
+    "balanced_softmax": "balanced softmax",
+    "logit_adjustment": "logit adjustment",
+    "ldam_drw": "LDAM-DRW",
+    "crt": "classifier re-training",
+    "student": "T2FTS student",
+    "student_no_hierarchy": "T2FTS student, no hierarchy",
+    "student_class_aware": "T2FTS student, class-aware sampling",
+    "student_one_teacher": "T2FTS student, one teacher",
+    "student_balanced_softmax": "T2FTS student, balanced softmax",
+}
 
 
 def parse(argv):
@@ -31,8 +61,15 @@ def parse(argv):
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of all the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each seed")
     parser.add_argument("--init", help="what the baseline starts from: none, imagenet or a file; else as its script")
-    parser.add_argument("--yardsticks", action="store_true", help="also train the baseline with class-aware sampling, "
-                        "from the start and, as long as the student is trained, from the finished baseline on")
+    parser.add_argument("--yardsticks", action="store_true", help="also train the student's rivals, from the finished "
+                        "baseline on and for as many steps as the student: class-aware sampling, balanced softmax, "
+                        "logit adjustment, LDAM-DRW, classifier re-training")
+    parser.add_argument("--ablations", action="store_true", help="also train the student with teachers that were not "
+                        "taught, with class-aware sampling, with the baseline as its only teacher, and with balanced "
+                        "softmax")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="train up to N stages at once that do not "
+                        "wait for each other; each has an Nth of the CPU's threads (or OMP_NUM_THREADS of them), and "
+                        "where there are several GPUs one of its own; output in DIR/seed*/*.log")
     add_flags(parser, [field for field in dataclasses.fields(Settings) if field.name not in OWN_FLAGS])
     return vars(parser.parse_args(argv))
 
@@ -49,85 +86,147 @@ def as_flags(values):
     return flags
 
 
-def stages_of(folder, init, given, yardsticks):
-    """[(folder name, stage, flags of its own)] of one seed, in the order in which they must run."""
-    first = {"init": init} if init else {}
-    stages = [("baseline", "baseline", first)]
-    if yardsticks:
-        as_long_as_student = {name: given.get(name, getattr(baseline_cl_s_weight.SETTINGS, name))
-                              for name in ("epochs", "lr_steps")}
-        stages += [("class_aware", "baseline", {"sampler": "class-aware", **first}),
-                   ("baseline_class_aware", "baseline", {"sampler": "class-aware", **as_long_as_student,
-                                                         "init": folder / "baseline" / "best.pt"})]
-    return stages + [(name, name, {}) for name in ("t1", "t2", "t3", "student")]
+# ---- what is to run --------------------------------------------------------------------------------------------------
 
 
-def run(command, what):
-    """Run one stage as a program. Raises UserError if it fails, Stopped when a signal has ended it."""
-    print(f"\n== {what}", flush=True)
-    # Ctrl-C reaches the stage too, SIGTERM this process alone; either way the stage writes its checkpoint first.
-    with StopSignals() as signals, subprocess.Popen(command) as process:
-        signals.tell = lambda number: process.terminate() if number == signal.SIGTERM else None
-        if signals.received:  # while the stage was being started
-            process.terminate()
-        status = process.wait()
-    if signals.received:
-        raise Stopped("stopped; the same command with --resume goes on", signals.received)
-    if status:
-        raise UserError(f"{what} ended with status {status}; once that is mended, go on with --resume")
+def jobs_of(seed, folder, init, given):
+    """[Job] of everything that can be trained for one seed, what others wait for first.
+
+    given: the settings that hold for all."""
+    best = {name: folder / name / "best.pt" for name in ("baseline", *ALONE)}
+    student = baseline_cl_s_weight.SETTINGS
+    as_student = {name: given.get(name, getattr(student, name)) for name in ("epochs", "lr_steps")}
+    teachers = ("baseline", "t1", "t2", "t3")
+
+    def job(name, script, needs, **own):
+        flags = as_flags({**given, **own, "seed": seed, "output": folder / name})
+        return Job(folder / name, script, flags, tuple(folder / need for need in needs))
+
+    return [
+        job("baseline", baseline_resnet50, (), **({"init": init} if init else {})),
+        job("t1", baseline_cl_t1, teachers[:1]),
+        job("t2", baseline_cl_t2, teachers[:2]),
+        job("t3", baseline_cl_t3, teachers[:3]),
+        job("student", baseline_cl_s_weight, teachers),
+        *(job(name, baseline_resnet50, ("baseline",), init=best["baseline"], **as_student, **own)
+          for name, own in RIVALS.items()),
+        job("t2_alone", baseline_cl_t2, ("baseline",), distillation=False),
+        job("t3_alone", baseline_cl_t3, ("baseline",), distillation=False),
+        job("student_no_hierarchy", baseline_cl_s_weight, ("baseline", "t1", *ALONE), t2=best["t2_alone"],
+            t3=best["t3_alone"]),
+        job("student_class_aware", baseline_cl_s_weight, teachers, sampler="class-aware"),
+        job("student_one_teacher", baseline_cl_s_weight, ("baseline",),
+            **dict.fromkeys(("t1", "t2", "t3"), best["baseline"])),
+        job("student_balanced_softmax", baseline_cl_s_weight, teachers, loss="balanced-softmax"),
+    ]
+
+
+def wanted(output, seeds, yardsticks, ablations):
+    """The names of the folders that a comparison needs: what is asked for, and every other row that an earlier run has
+    finished for all seeds."""
+    names = {*STAGES, *(RIVALS if yardsticks else ()), *((*ALONE, *ABLATIONS) if ablations else ())}
+    for name in [name for name in ROWS if name not in names]:
+        there = [(output / f"seed{seed}" / name / "results.json").exists() for seed in seeds]
+        if all(there):
+            names.add(name)
+        elif any(there):
+            say(f"note: {ROWS[name]} is not finished for every seed and will not be in the table; "
+                f"{'--yardsticks' if name in RIVALS else '--ablations'} finishes it")
+    return names
+
+
+def finished_already(job):
+    """Whether a job's folder holds its finished run. Raises UserError where the stage would refuse its settings or its
+    folder: what the stage itself says, without the seconds that a program takes to start."""
+    settings, _ = parse_settings(job.script.STAGE.name, job.script.SETTINGS, "", job.flags)
+    if not any((job.folder / name).exists() for name in ("settings.json", "results.json")):
+        return False
+    check_run(job.script.STAGE, settings, resolve_device(settings.device))
+    return is_finished(settings)
 
 
 def main(argv=None):
     given = parse(argv)
-    output, seeds, init, yardsticks = (given.pop(name) for name in ("output", "seeds", "init", "yardsticks"))
+    output, seeds, init, at_once = (given.pop(name) for name in ("output", "seeds", "init", "jobs"))
+    yardsticks, ablations = given.pop("yardsticks"), given.pop("ablations")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: expected different seeds")
-    output, here = Path(output), Path(__file__).resolve().parent
+    if at_once < 1:
+        raise UserError(f"--jobs {at_once}: expected 1 or more")
+    output = Path(output)
     if (output / "comparison.json").exists() and not given.get("resume"):
         raise UserError(f"{output}: holds a comparison already; go on with it by --resume, or give another --output")
-    runs = {"baseline": [], "student": []}
-    if yardsticks:
-        runs = {"baseline": [], "class_aware": [], "baseline_class_aware": [], "student": []}
-    for seed in seeds:
-        folder = output / f"seed{seed}"
-        for name, stage, own in stages_of(folder, init, given, yardsticks):
-            flags = as_flags({**given, **own, "seed": seed, "output": folder / name})
-            run([sys.executable, str(here / SCRIPTS[stage]), *flags], f"{name}, seed {seed}")
-            if name in runs:
-                runs[name].append(read_results(folder / name / "results.json"))
-    return compare(output, runs, seeds)
+    names = wanted(output, seeds, yardsticks, ablations)
+    jobs = [job for seed in seeds for job in jobs_of(seed, output / f"seed{seed}", init, given)
+            if job.folder.name in names]
+    finished = {job.folder for job in jobs if finished_already(job)}
+    environments = slots(at_once, given.get("device", "auto"))
+    say(f"{len(jobs)} stages, {len(finished)} of them finished already; {len(environments)} at once")
+    run_jobs(jobs, environments, finished)
+    paths = {name: [output / f"seed{seed}" / name / "results.json" for seed in seeds] for name in ROWS if name in names}
+    return compare(output, paths, seeds)
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
 
 
 def read_results(path):
     """The results of a stage. Raises UserError for a file that is not its results."""
     results = read_json(path)
-    for key in ("dataset", "images", "image_size", "selected_on", "device", "overall", "per_class"):
+    for key in ("dataset", "images", "image_size", "selected_on", "device", "per_class", *report.SUMMARY):
         if not isinstance(results, dict) or key not in results:
             raise UserError(f"{path}: holds no results of a stage ({key!r} is missing); remove it to test again")
     return results
 
 
-def compare(output, runs, seeds):
-    """Write and print the comparison of the finished runs."""
-    names = {"baseline": "baseline", "class_aware": "baseline, class-aware sampling",
-             "baseline_class_aware": "baseline, then class-aware sampling", "student": "T2FTS student"}
-    runs = {names[name]: results for name, results in runs.items()}
+def read_comparable(paths):
+    """{path: results} of tests on the same images. Raises UserError naming two files that are of different ones."""
+    results = {path: read_results(path) for path in paths}
+    first = paths[0]
+    for path in paths[1:]:
+        for key in ("dataset", "images", "image_size", "selected_on"):
+            if results[path][key] != results[first][key]:
+                raise UserError(f"{path}: {key} is {results[path][key]}, in {first} it is {results[first][key]}; "
+                                "results of different tests cannot be compared")
+    return results
+
+
+def compare(output, paths, seeds):
+    """Write and print the comparison of the finished runs.
+
+    paths: {folder name: [results.json of each seed]}, in the order of the rows."""
+    results = read_comparable([path for row in paths.values() for path in row])
+    runs = {ROWS[name]: [results[path] for path in row] for name, row in paths.items()}
     table = report.comparison(runs)
+    student, rivals = ROWS["student"], [ROWS[name] for name in RIVALS if name in paths]
+    best_rival = max(rivals, key=lambda name: table[name]["mean_per_class"][0], default=None)
+    paired = report.paired_differences(table[student], table[best_rival]) if rivals else {}
     first = runs["baseline"][0]
-    text = "\n".join([
+    lines = [
         f"{first['dataset']}: accuracy in per cent on {first['images']} test images, "
         f"{'seed' if len(seeds) == 1 else 'mean ± standard deviation over seeds'} {', '.join(map(str, seeds))}",
         f"{first['image_size']} x {first['image_size']} pixels; epoch chosen on {first['selected_on']}; "
         f"{first['device']}",
-        report.comparison_table(table, len(seeds))])
-    report.draw_comparison(runs, output / "comparison.png")
+        report.comparison_table(table, len(seeds))]
+    if rivals:
+        lines += ["Rivals start from the baseline and train for as many steps as the student.",
+                  f"{student} - {best_rival} (the best rival by class mean): {report.paired_line(paired, len(seeds))}"]
+    text = "\n".join(lines)
+    drawn = runs if len(runs) <= 4 else {name: runs[name] for name in ("baseline", best_rival, student) if name}
+    report.draw_comparison(drawn, output / "comparison.png")
     with atomic_path(output / "comparison.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    write_json(output / "comparison.json", {"seeds": seeds, "rows": {
-        name: {measure: {"mean": mean, "deviation": deviation, "values": values}
-               for measure, (mean, deviation, values) in row.items()} for name, row in table.items()}})
+    write_json(output / "comparison.json", {
+        "seeds": seeds, "rows": {name: as_json(row) for name, row in table.items()},
+        **({"paired": {"rows": [student, best_rival], "differences": as_json(paired)}} if rivals else {})})
     print(f"\n{text}\n\ntable: {output / 'comparison.txt'}   every class: {output / 'comparison.png'}")
     print(f"curves, confusion matrices and results.json of each stage: {output}{os.sep}seed*{os.sep}*", flush=True)
+
+
+def as_json(row):
+    """A row of `report.comparison` as it is written."""
+    return {measure: {"mean": mean, "deviation": deviation, "values": values}
+            for measure, (mean, deviation, values) in row.items()}
 
 
 if __name__ == "__main__":

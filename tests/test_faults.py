@@ -14,8 +14,6 @@ import baseline_cl_s_weight
 import baseline_resnet50
 import engine
 import files
-import run_all
-import runtime
 from benchmarks.bench_training import save_teachers
 from benchmarks.kill_and_resume import kill_and_resume, same
 from dataset import read_info
@@ -89,18 +87,6 @@ def test_checkpoints_are_written_every_so_many_steps(tiny, tmp_path, monkeypatch
     assert run_main(baseline_resnet50, "--data-root", tiny, "--init", "none", *QUICK, "--save-steps", "3", "--output",
                     tmp_path / "b") == 0
     assert written == [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]
-
-
-def test_run_all_waits_for_the_checkpoint_of_a_stage_that_is_stopped(tmp_path, capsys):
-    """SIGTERM reaches run_all alone; the stage, here a program that needs a moment, is told, and waited for."""
-    program = ("import signal, sys, time, pathlib\n"
-               "def stop(*_): time.sleep(0.5); pathlib.Path(sys.argv[1]).write_text('kept'); sys.exit(143)\n"
-               "signal.signal(signal.SIGTERM, stop)\n"
-               "import os; os.kill(os.getppid(), signal.SIGTERM)\n"
-               "time.sleep(30)\n")
-    with pytest.raises(runtime.Stopped, match="--resume goes on") as stopped:
-        run_all.run([os.sys.executable, "-c", program, str(tmp_path / "checkpoint")], "a stage")
-    assert stopped.value.status == 143 and (tmp_path / "checkpoint").read_text() == "kept"
 
 
 # ---- numerics --------------------------------------------------------------------------------------------------------

@@ -135,8 +135,21 @@ def test_comparison_is_mean_and_sample_deviation():
     assert "±" not in report.comparison_table(report.comparison({"a": [results_of()]}), 1)
 
 
+def test_differences_are_taken_seed_by_seed():
+    table = report.comparison({
+        "student": [{**results_of(), "overall": value, "tail": None} for value in (0.5, 0.7, 0.9)],
+        "rival": [{**results_of(), "overall": value} for value in (0.4, 0.7, 0.7)]})
+    differences = report.paired_differences(table["student"], table["rival"])
+    mean, deviation, values = differences["overall"]
+    assert values == pytest.approx([0.1, 0, 0.2]) and mean == pytest.approx(0.1) and deviation == pytest.approx(0.1)
+    assert "tail" not in differences and differences["head"] == (0, 0, [0, 0, 0])
+    assert report.paired_line(differences, 3) == "class mean +0.0 ± 0.0, overall +10.0 ± 10.0"
+    assert report.paired_line(differences, 1) == "class mean +0.0, overall +10.0"
+
+
 def test_pictures_are_drawn(tmp_path):
-    report.draw_comparison({"baseline": [results_of()], "student": [results_of()]}, tmp_path / "comparison.png")
+    for rows in (["baseline", "student"], ["baseline", "rival", "student"]):
+        report.draw_comparison({row: [results_of()] for row in rows}, tmp_path / "comparison.png")
     with open(tmp_path / "log.jsonl", "w") as log:
         for epoch in (1, 2):
             log.write(json.dumps({"epoch": epoch, "loss": 2.0, "cross_entropy": 1.0, "mse_own": 1.0, "lr": 0.1,

@@ -23,22 +23,26 @@ import dota_baseline_cl_t2
 import dota_baseline_cl_t3
 import dota_baseline_resnet50
 import engine
+import run_all
 from ClassAwareSampler import ClassAwareBatchSampler
 from dataset import network_input
 from distillation import sums_by_class
 from resnet50 import ResNet50
+from runtime import UserError
 from settings import Settings, parse_settings
 from stage import read_lists
 from training_run import start_run
 
 STAGES = ("baseline", "t1", "t2", "t3", "student")
+RIVALS = ("class_aware", "balanced_softmax", "logit_adjustment", "ldam_drw", "crt")
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny, tmp_path_factory):
-    """(folder, finished process) of run_all.py over the tiny data."""
+    """(folder, finished process) of run_all.py over the tiny data, two stages at once, each of one thread."""
     folder = tmp_path_factory.mktemp("runs") / "all"
-    done = run_program("run_all.py", "--data-root", tiny, "--output", folder, "--init", "none", *QUICK)
+    done = run_program("run_all.py", "--data-root", tiny, "--output", folder, "--init", "none", *QUICK, "--yardsticks",
+                       "--jobs", 2, env={"OMP_NUM_THREADS": "1"})
     return folder, done
 
 
@@ -58,17 +62,44 @@ def student_flags(seed_folder):
 def test_all_stages_run_and_leave_their_files(pipeline):
     folder, done = pipeline
     assert done.returncode == 0, done.stderr
-    for stage in STAGES:
+    for stage in (*STAGES, *RIVALS):
+        assert f"seed0/{stage}: finished after" in done.stdout
+        assert "best epoch" in (folder / "seed0" / f"{stage}.log").read_text()
         assert set(os.listdir(folder / "seed0" / stage)) == {
             "settings.json", "log.jsonl", "last.pt", "best.pt", "results.json", "results.txt", "curves.png",
             "confusion.png", "mistakes.png"}
         assert [record["epoch"] for record in log_of(folder / "seed0" / stage)] == [1, 2]
     table = (folder / "comparison.txt").read_text()
-    assert "baseline" in table and "T2FTS student" in table and "class mean" in table
+    assert "baseline" in table and "T2FTS student - " in table and "LDAM-DRW" in table and "class mean" in table
     assert table.strip() in done.stdout
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
     results = json.loads((folder / "seed0" / "student" / "results.json").read_text())
     assert rows["T2FTS student"]["overall"]["mean"] == results["overall"]
+
+
+def test_stages_at_once_compute_what_they_compute_alone(pipeline, tiny, tmp_path):
+    """The class-aware rival, beside which the teachers were trained."""
+    together = pipeline[0] / "seed0" / "class_aware"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run_main(baseline_resnet50, "--data-root", tiny, *QUICK, "--init", together.parent / "baseline" /
+                        "best.pt", "--lr-steps", "52", "--sampler", "class-aware", "--output", tmp_path / "alone") == 0
+    finally:
+        torch.set_num_threads(threads)
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (together, tmp_path / "alone"))
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    assert log_of(together) == log_of(tmp_path / "alone")
+
+
+def test_a_finished_run_goes_on_to_its_table_alone(pipeline, tiny):
+    """--resume with fewer rows asked for: nothing is trained, and no row is lost."""
+    folder, flags = pipeline[0], ["--data-root", str(tiny), "--init", "none", *QUICK]
+    before = (folder / "comparison.json").read_text()
+    run_all.main([*flags, "--output", str(folder), "--resume"])
+    assert (folder / "comparison.json").read_text() == before
+    with pytest.raises(UserError, match="baseline: holds a run with lr 0.01, not 0.02"):
+        run_all.main([*flags, "--output", str(folder), "--resume", "--lr", "0.02"])
 
 
 def test_results_have_what_the_reader_is_promised(pipeline, tiny):
