@@ -61,14 +61,18 @@ def results_table(results):
     lines.append("class mean: " + "   ".join(
         f"{name} {percent(results[key]).strip()}"
         for name, key in [("all", "mean_per_class"), *((group, f"{group}_class_mean") for group in GROUPS)]))
-    chosen = {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
-              "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
-        results["selected_on"], "epoch chosen in a way this file does not tell")
-    lines.append(f"{results['images']} test images; {chosen}; {results['parameters'] / 1e6:.2f} M "
+    lines.append(f"{results['images']} test images; {how_chosen(results)}; {results['parameters'] / 1e6:.2f} M "
                  f"parameters, {results['flops'] / 1e9:.2f} GFLOP and {results['ms_per_image']} ms an image at "
                  f"{results['image_size']}x{results['image_size']} ({results['precision']}, batches of "
                  f"{results['ms_per_image_batch']}, {results['device']})")
     return "\n".join(lines)
+
+
+def how_chosen(results):
+    """How the epoch that was tested was chosen, human-readable."""
+    return {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
+            "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
+        results["selected_on"], "epoch chosen in a way this file does not tell")
 
 
 def authors_text(results):

@@ -205,7 +205,7 @@ def compare(output, paths, seeds):
     lines = [
         f"{first['dataset']}: accuracy in per cent on {first['images']} test images, "
         f"{'seed' if len(seeds) == 1 else 'mean ± standard deviation over seeds'} {', '.join(map(str, seeds))}",
-        f"{first['image_size']} x {first['image_size']} pixels; epoch chosen on {first['selected_on']}; "
+        f"{first['image_size']} x {first['image_size']} pixels; {report.how_chosen(first)}; "
         f"{first['device']}",
         report.comparison_table(table, len(seeds))]
     if rivals:
