@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights, resnet50
 
-from resnet50 import ResNet50, initialise, load_network, read_weights
+from resnet50 import ResNet50, SmallMapConv2d, initialise, load_network, read_weights
 from runtime import UserError
 
 
@@ -188,3 +188,34 @@ def test_a_truncated_checkpoint_is_one_error(tmp_path, keep):
     (tmp_path / "part.pt").write_bytes(content[:int(keep * len(content)) if 0 < keep < 1 else keep])
     with pytest.raises(UserError, match="not a usable checkpoint"):
         read_weights(tmp_path / "part.pt")
+
+
+@pytest.mark.parametrize("size, stride, side", [(1, 1, 4), (1, 2, 8), (3, 1, 4), (3, 2, 8), (3, 1, 1), (3, 2, 5),
+                                                (1, 1, 30), (3, 1, 7)])
+def test_a_small_map_is_convolved_as_by_torch(size, stride, side):
+    """Output and both gradients, below and above the size at which it becomes a matrix product."""
+    torch.manual_seed(0)
+    ours = SmallMapConv2d(6, 5, size, stride, padding=size // 2, bias=False)
+    images, upstream = torch.randn(3, 6, side, side), None
+    results = []
+    for convolve in (ours, lambda x: F.conv2d(x, ours.weight, None, stride, size // 2)):
+        inputs = images.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+        output = convolve(inputs)
+        upstream = torch.randn_like(output) if upstream is None else upstream
+        ours.zero_grad()
+        output.backward(upstream)
+        results.append((output.detach(), inputs.grad, ours.weight.grad))
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_training_on_a_cpu_takes_the_matrix_product(monkeypatch):
+    taken = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *given: taken.append(given[0].shape) or linear(*given))
+    convolution = SmallMapConv2d(4, 4, 3, padding=1, bias=False)
+    convolution(torch.zeros(1, 4, 4, 4))
+    assert taken == [(1, 4, 4, 36)]
+    convolution(torch.zeros(1, 4, 5, 5))
+    convolution.eval()(torch.zeros(1, 4, 4, 4))
+    assert len(taken) == 1
