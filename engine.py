@@ -13,12 +13,12 @@ from distillation import imitate, sums_by_class
 from evaluation import evaluate, test, test_only
 from files import remove_partials, save_checkpoint, write_json
 from flags import check_output
+from precision import resolve_precision
 from runtime import (
     UserError,
     autocast,
     rank,
     resolve_device,
-    resolve_precision,
     run_script,
     say,
     seed_everything,

@@ -22,6 +22,7 @@ from detection.teacher import distil, load_teacher
 from detection.transforms import normalise
 from files import read_json_lines, remove_partials, save_checkpoint, sha256_of, write_json
 from flags import check_output
+from precision import resolve_precision
 from runtime import (
     UserError,
     autocast,
@@ -29,7 +30,6 @@ from runtime import (
     library_versions,
     rank,
     resolve_device,
-    resolve_precision,
     run_script,
     say,
     seed_everything,
