@@ -13,7 +13,6 @@ from distillation import imitate, sums_by_class
 from evaluation import evaluate, test, test_only
 from files import remove_partials, save_checkpoint, write_json
 from flags import check_output
-from precision import resolve_precision
 from runtime import (
     UserError,
     autocast,
@@ -28,7 +27,7 @@ from runtime import (
 )
 from settings import identity, parse_settings
 from stage import read_lists
-from training import check_common_settings, to_device, train_epochs, trained_form
+from training import check_common_settings, run_precision, to_device, train_epochs, trained_form
 from training_run import describe_run, start_run
 
 
@@ -53,7 +52,7 @@ def train(stage, settings, device):
     """Train a stage, keep `last.pt` and `best.pt`, then test the best."""
     folder = Path(settings.output)
     check_possible(stage, settings)
-    precision, lists = resolve_precision(settings.precision, device), read_lists(stage, settings)
+    lists, precision = read_lists(stage, settings), run_precision(settings, device)
     mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
     if rank() == 0:
         check_output(settings, mine, f"lists, classes or groups than {settings.data_root} has")

@@ -1,15 +1,26 @@
-"""Which precision `auto` is: by what the processor has, by a measurement."""
+"""Which precision `auto` is: by what the processor has, by a measurement, by what a run was begun in."""
 
 import json
+import os
+import signal
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, run_program
+from conftest import PROJECT, QUICK, run_main, run_program
+from test_detection_stages import QUICK as QUICK_DETECTOR
+from test_detection_stages import run_main as run_detection
+from test_stages import stop_at_step
 
+import baseline_resnet50
 import precision
+import training
+from detection import train_gfl
+from detection.demo_data import write_demo
 from precision import known_precision, measure, resolve_precision
 from runtime import UserError
+from settings import Settings
 
 CPU = torch.device("cpu")
 AMX = {"avx2", "avx512_bf16", "amx_tile", "amx_bf16"}
@@ -239,3 +250,76 @@ runtime.stop_processes()
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["process 0: bf16", "process 1: bf16"]
     assert done.stderr.count("note: --precision auto is bf16") == 1
+
+
+# ---- by what a run was begun in --------------------------------------------------------------------------------------
+
+
+def without_precision(flags):
+    """The flags less --precision and its value."""
+    flags = list(flags)
+    place = flags.index("--precision")
+    return flags[:place] + flags[place + 2:]
+
+
+def is_fast(monkeypatch, name):
+    """Let the rule say that a precision is the fast one."""
+    for module in (precision, training):
+        monkeypatch.setattr(module, "known_precision", lambda device: name)
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    """Settings of a run in fp32 that is to be resumed."""
+    (tmp_path / "settings.json").write_text(json.dumps({"precision": "fp32"}))
+    return Settings(output=str(tmp_path), resume=True)
+
+
+def test_a_resumed_run_keeps_its_precision_and_says_so(monkeypatch, resumed, capsys):
+    is_fast(monkeypatch, "bf16")
+    assert training.run_precision(resumed, CPU) == "fp32"
+    assert capsys.readouterr().out == "precision fp32, in which this run was begun: --precision auto keeps it\n"
+    is_fast(monkeypatch, "fp32")
+    assert training.run_precision(resumed, CPU) == "fp32" and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("record", [None, {}, [], {"precision": "fp8"}, {"precision": ["fp32"]}])
+def test_without_a_recorded_precision_the_rule_decides(monkeypatch, resumed, record):
+    is_fast(monkeypatch, "bf16")
+    path = Path(resumed.output) / "settings.json"
+    path.unlink() if record is None else path.write_text(json.dumps(record))
+    assert training.run_precision(resumed, CPU) == "bf16"
+
+
+def test_a_device_without_bf16_at_all_does_not_keep_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert precision.computes_in("bf16", CPU) and precision.computes_in("fp32", torch.device("mps"))
+    assert not precision.computes_in("bf16", torch.device("cuda"))
+
+
+def test_resuming_a_stage_with_auto_goes_on_in_its_precision(monkeypatch, tiny, tmp_path, capsys):
+    flags = ("--data-root", tiny, "--init", "none", *without_precision(QUICK), "--output", tmp_path / "run")
+    is_fast(monkeypatch, "fp32")
+    with monkeypatch.context() as stopping:
+        stop_at_step(stopping, 2, signal.SIGTERM)
+        assert run_main(baseline_resnet50, *flags) == 128 + signal.SIGTERM
+    is_fast(monkeypatch, "bf16")
+    assert run_main(baseline_resnet50, *flags, "--resume", "--precision", "bf16") == 2
+    assert "holds a run with precision fp32, not bf16" in capsys.readouterr().err
+    assert run_main(baseline_resnet50, *flags, "--resume") == 0
+    output = capsys.readouterr().out
+    assert "precision fp32, in which this run was begun" in output and "; precision fp32; seed 0" in output
+
+
+def test_resuming_a_detector_with_auto_goes_on_in_its_precision(monkeypatch, tmp_path, capsys):
+    write_demo(tmp_path / "scenes", seed=0, train=4, test=2, size=64)
+    flags = ("--train", tmp_path / "scenes" / "train.json", "--test", tmp_path / "scenes" / "test.json",
+             *without_precision(QUICK_DETECTOR), "--epochs", "1", "--output", tmp_path / "run")
+    is_fast(monkeypatch, "bf16")
+    assert run_detection(train_gfl, "gfl", *flags) == 0
+    os.remove(tmp_path / "run" / "results.json")  # as if it had been killed before its test
+    is_fast(monkeypatch, "fp32")
+    capsys.readouterr()
+    assert run_detection(train_gfl, "gfl", *flags, "--resume") == 0
+    output = capsys.readouterr().out
+    assert "precision bf16, in which this run was begun" in output and "; precision bf16; seed 0" in output
