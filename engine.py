@@ -19,7 +19,6 @@ from runtime import (
     autocast,
     rank,
     resolve_device,
-    resolve_precision,
     run_script,
     say,
     seed_everything,
@@ -29,7 +28,7 @@ from runtime import (
 )
 from settings import identity, judged_on, parse_settings
 from stage import read_lists
-from training import check_common_settings, to_device, train_epochs, trained_form
+from training import check_common_settings, run_precision, to_device, train_epochs, trained_form
 from training_run import describe_run, start_run
 
 DROWNED = 10  # times the classification loss: a distillation term above it leaves little to the labels
@@ -80,7 +79,7 @@ def check_run(stage, settings, device):
     """Raise UserError for settings that cannot work, and for an --output that holds another run than theirs. Returns
     the precision, what `read_lists` returned, and the run's `settings.identity`."""
     check_possible(stage, settings)
-    precision, lists = resolve_precision(settings.precision, device), read_lists(stage, settings)
+    lists, precision = read_lists(stage, settings), run_precision(settings, device)
     mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
     if rank() == 0:
         check_output(settings, mine, f"lists, classes or groups than {settings.data_root} has")

@@ -14,13 +14,13 @@ from dataset import class_counts, network_input, read_info
 from files import read_json, sha256_of
 from inference import batch_size, inference_network
 from mistakes import draw_mistakes
+from precision import resolve_precision
 from resnet50 import load_network
 from runtime import (
     UserError,
     device_name,
     library_versions,
     rank,
-    resolve_precision,
     say,
     sum_over_processes,
     world_size,

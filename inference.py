@@ -10,9 +10,10 @@ import torch
 
 from dataset import describe, network_input, read_info
 from exported import SUFFIXES, read_exported
+from precision import resolve_precision
 from published import DOTA, FGSC23
 from resnet50 import ResNet50, fold_batch_norm, load_state, read_weights
-from runtime import UserError, resolve_device, resolve_precision
+from runtime import UserError, resolve_device
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 

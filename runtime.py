@@ -1,5 +1,5 @@
-"""What every script here needs and no paper mentions: errors for the user, signals, devices and precision, seeds,
-processes. Nothing in this module knows what is being trained."""
+"""What every script here needs and no paper mentions: errors for the user, signals, devices, seeds, processes. Nothing
+in this module knows what is being trained."""
 
 import contextlib
 import os
@@ -98,7 +98,7 @@ class StopSignals:
         self.tell(number)
 
 
-# ---- device, precision, seeds ----------------------------------------------------------------------------------------
+# ---- device, seeds ---------------------------------------------------------------------------------------------------
 
 
 def resolve_device(name):
@@ -123,21 +123,6 @@ def resolve_device(name):
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device {name}: unknown device; expected auto, cpu, cuda, cuda:N or mps")
     return device
-
-
-def resolve_precision(name, device):
-    """`fp32`, `bf16` or `auto` -> `fp32` or `bf16`. `auto` is bf16 only where the hardware multiplies it fast:
-    CUDA devices with bf16 units, CPUs with AMX tiles. fp32 means it: TF32 convolutions are switched off."""
-    if name not in ("fp32", "bf16", "auto"):
-        raise UserError(f"--precision {name}: expected fp32, bf16 or auto")
-    if name == "auto":
-        # The test for AMX is private in some releases of torch; where it is missing fp32 is the safe answer.
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "cpu": has_amx}
-        name = "bf16" if fast.get(device.type, lambda: False)() else "fp32"
-    if name == "fp32":
-        torch.backends.cudnn.allow_tf32 = False
-    return name
 
 
 def autocast(device, precision):
@@ -166,10 +151,15 @@ def device_name(device):
     """A device in words, for reports: the GPU's name, or the CPU's model with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{device.type}: {processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name():
+    """The CPU's model where the system tells it, else the name of its kind."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    return f"{device.type}: {model}, {torch.get_num_threads()} threads"
+    return model
 
 
 # ---- processes (torchrun) --------------------------------------------------------------------------------------------

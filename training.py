@@ -12,7 +12,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from files import append_json_line, atomic_path, load_checkpoint, read_json_lines, save_checkpoint
+from files import append_json_line, atomic_path, load_checkpoint, read_json, read_json_lines, save_checkpoint
+from precision import PRECISIONS, computes_in, known_precision, resolve_precision
 from runtime import (
     Stopped,
     StopSignals,
@@ -102,6 +103,27 @@ def check_common_settings(settings):
         raise UserError(f"--batch-size {settings.batch_size}: not a multiple of the {world_size()} processes")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
+
+
+def run_precision(settings, device):
+    """The precision that a run trains in, `fp32` or `bf16`, on every process that of the first: as --precision says. A
+    run that is resumed with `auto` keeps the one it was begun in, whatever `auto` may come to now, and says so."""
+    if settings.precision != "auto":
+        return resolve_precision(settings.precision, device)
+    choices = ("auto", *PRECISIONS)
+    begun = precision_begun_in(settings, device) if rank() == 0 else "auto"
+    kept = choices[max_over_processes(choices.index(begun), device)]
+    if kept not in ("auto", known_precision(device)):
+        say(f"precision {kept}, in which this run was begun: --precision auto keeps it")
+    return resolve_precision(kept, device)
+
+
+def precision_begun_in(settings, device):
+    """The precision that the run to be resumed was begun in; `auto` if there is none, or none that this device has."""
+    path = Path(settings.output) / "settings.json"
+    record = read_json(path) if settings.resume and path.exists() else {}
+    precision = record.get("precision") if isinstance(record, dict) else None
+    return precision if precision in PRECISIONS and computes_in(precision, device) else "auto"
 
 
 def is_resumed(settings):

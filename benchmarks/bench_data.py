@@ -31,9 +31,10 @@ from ClassAwareSampler import SelfCalibratedBatchSampler
 from dataset import DatasetInfo, ImageDataset, fingerprint, network_input, write_dataset
 from files import read_json
 from image_cache import ImageCache, in_processes
+from precision import resolve_precision
 from published import DOTA
 from resnet50 import ResNet50
-from runtime import UserError, autocast, resolve_precision, run_script
+from runtime import UserError, autocast, run_script
 from stage import load_data, read_lists
 from training import to_device
 from training_run import make_sampler

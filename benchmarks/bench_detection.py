@@ -25,8 +25,9 @@ from detection.losses import gfl_losses
 from detection.settings import LDSettings
 from detection.suppression import SUPPRESSIONS
 from detection.transforms import MEAN, STD
+from precision import resolve_precision
 from resnet50 import fold_batch_norm
-from runtime import autocast, resolve_precision, run_script
+from runtime import autocast, run_script
 
 CLASSES = 15  # DOTA's
 

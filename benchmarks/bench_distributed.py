@@ -22,10 +22,10 @@ from benchmarks.bench_training import STEPS, draw_data, save_teachers, stage_run
 from benchmarks.common import finish, parser, set_up
 from dataset import read_info
 from engine import train_step
+from precision import resolve_precision
 from runtime import (
     rank,
     resolve_device,
-    resolve_precision,
     run_script,
     seed_everything,
     start_processes,

@@ -30,9 +30,10 @@ from benchmarks.common import finish, interleaved, parser, print_table, set_up
 from dataset import DatasetInfo, describe, read_split, write_dataset
 from engine import train_step
 from files import save_checkpoint
+from precision import resolve_precision
 from published import FGSC23
 from resnet50 import ResNet50
-from runtime import autocast, resolve_precision, run_script
+from runtime import autocast, run_script
 from settings import TEACHER_BATCH_NORM
 from stage import read_lists
 from training import trained_form

@@ -20,8 +20,9 @@ from detection.predict import resized
 from detection.suppression import SUPPRESSIONS
 from detection.transforms import decode_rgb, normalise, pad_to_batch
 from image_cache import unreadable
+from precision import resolve_precision
 from predict import find_images
-from runtime import UserError, autocast, resolve_precision, run_script
+from runtime import UserError, autocast, run_script
 
 WARM_UP = 5  # images, at least
 MOST_IMAGES = 32  # of the user's, which are held in memory

@@ -29,7 +29,6 @@ from runtime import (
     library_versions,
     rank,
     resolve_device,
-    resolve_precision,
     run_script,
     say,
     seed_everything,
@@ -41,6 +40,7 @@ from training import (
     check_common_settings,
     is_resumed,
     resume,
+    run_precision,
     to_device,
     train_epochs,
     trained_form,
@@ -90,7 +90,6 @@ def train(stage, settings, device):
     the others would have scored on the test images."""
     folder = Path(settings.output)
     check_common_settings(settings)
-    precision = resolve_precision(settings.precision, device)
     if settings.batch_size == world_size() and settings.long <= 32 and settings.init == "none":
         raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
                         "single pixel: nothing for batch norm to average; give a larger one, or larger images")
@@ -98,7 +97,7 @@ def train(stage, settings, device):
     if not any(len(record.labels) for record in to_train_on.records):
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
     to_test_on = read_test_annotations(settings, to_train_on.classes)
-    distils = isinstance(settings, LDSettings)
+    precision, distils = run_precision(settings, device), isinstance(settings, LDSettings)
     mine = identity(stage, settings, precision, fingerprint(to_train_on),
                     **({"teacher_sha256": teacher_sha256(settings)} if distils else {}))
     if rank() == 0:

@@ -17,13 +17,13 @@ from detection.inference import detect, inference_network
 from detection.settings import data_name
 from detection.tables import results_table
 from files import read_json, sha256_of, write_json
+from precision import resolve_precision
 from runtime import (
     UserError,
     autocast,
     device_name,
     library_versions,
     rank,
-    resolve_precision,
     say,
     world_size,
 )

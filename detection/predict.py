@@ -27,8 +27,9 @@ from detection.suppression import SUPPRESSIONS
 from detection.transforms import decode_rgb, pad_to_batch, resize, target_size
 from files import atomic_path, write_json
 from image_cache import unreadable
+from precision import resolve_precision
 from predict import find_images
-from runtime import UserError, resolve_device, resolve_precision, run_script
+from runtime import UserError, resolve_device, run_script
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
 

@@ -7,7 +7,7 @@ import torch
 
 import engine
 from files import atomic_path, save_checkpoint
-from runtime import UserError, resolve_device, resolve_precision, run_script
+from runtime import UserError, resolve_device, run_script
 from settings import Settings, check_ranges, parse_settings
 
 
@@ -46,14 +46,6 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_checkpoint(tmp_path, monkey
 def test_an_unknown_device_is_an_error(name):
     with pytest.raises(UserError, match="--device"):
         resolve_device(name)
-
-
-def test_precision():
-    cpu = torch.device("cpu")
-    assert resolve_precision("fp32", cpu) == "fp32" and resolve_precision("bf16", cpu) == "bf16"
-    assert resolve_precision("auto", cpu) in ("fp32", "bf16")
-    with pytest.raises(UserError, match="expected fp32, bf16 or auto"):
-        resolve_precision("fp8", cpu)
 
 
 def test_learning_rate_steps_of_the_paper():
