@@ -190,6 +190,6 @@ def warn_of_drowned_labels(run, record):
     for name, value in record.items():
         if name.startswith("mse_") and value > DROWNED * labels and not run.warned:
             run.warned = True
-            say(f"note: {name} is {value / labels:.0f} times the classification loss, so this stage learns to imitate "
-                "and hardly from the labels; usual reasons: teachers that normalise by other statistics than this "
-                "network (give --teacher-batch-norm train), or that started from another --init than this stage")
+            say(f"note: {name} is {value / max(labels, 1e-6):.0f} times the classification loss, so this stage learns "
+                "to imitate and hardly from the labels; usual reasons: teachers that normalise by other statistics "
+                "than this network (give --teacher-batch-norm train), or that started from another --init than it")

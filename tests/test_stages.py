@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,11 +323,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert last["epoch"] == 1 and all(value.isfinite().all() for value in last["model"].values())
 
 
-def test_bf16_trains_too(tiny, tmp_path):
-    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
-                    "--epochs", "1", "--precision", "bf16") == 0
+def test_bf16_trains_too_and_the_last_epoch_can_be_kept(tiny, tmp_path, monkeypatch, capsys):
+    """Here the later of two epochs, though it is the worse."""
+    confusions = iter(torch.diag(torch.tensor(right)) + torch.tensor([[0, 1]] * 2) for right in ([9, 9], [1, 1]))
+    with monkeypatch.context() as worse:
+        worse.setattr(engine, "evaluate", lambda *_: next(confusions))
+        assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
+                        "--precision", "bf16", "--select", "last") == 0
     assert json.loads((tmp_path / "b" / "settings.json").read_text())["precision"] == "bf16"
-    assert json.loads((tmp_path / "b" / "results.json").read_text())["precision"] == "bf16"
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert (results["precision"], results["epoch"], results["selected_on"]) == ("bf16", 2, "last")
+    output = capsys.readouterr().out
+    assert "last epoch 2: val accuracy" in output and "24 test images; the last epoch, " in output
+
+
+def test_labels_drowned_by_imitation_are_said_once(capsys):
+    run = SimpleNamespace(settings=Settings(), warned=False)
+    engine.warn_of_drowned_labels(run, {"epoch": 1, "cross_entropy": 2.0, "mse_t1": 19.9, "mse_t2": 3.0})
+    assert not capsys.readouterr().out
+    for _ in range(2):
+        engine.warn_of_drowned_labels(run, {"epoch": 2, "cross_entropy": 2.0, "mse_t1": 3.0, "mse_t2": 60.0})
+    output = capsys.readouterr().out
+    assert output.startswith("note: mse_t2 is 30 times the classification loss") and output.count("\n") == 1
+    assert "--teacher-batch-norm train" in output
 
 
 def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny, tmp_path):
