@@ -19,6 +19,7 @@ import baseline_cl_t2
 import baseline_cl_t3
 import baseline_resnet50
 import report
+from charts import optional_picture
 from engine import check_run, is_finished
 from files import atomic_path, read_json, write_json
 from flags import add_flags
@@ -212,13 +213,14 @@ def compare(output, paths, seeds):
         lines += ["Rivals start from the baseline and train for as many steps as the student.",
                   f"{student} - {best_rival} (the best rival by class mean): {report.paired_line(paired, len(seeds))}"]
     text = "\n".join(lines)
-    drawn = runs if len(runs) <= 4 else {name: runs[name] for name in ("baseline", best_rival, student) if name}
-    report.draw_comparison(drawn, output / "comparison.png")
     with atomic_path(output / "comparison.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     write_json(output / "comparison.json", {
         "seeds": seeds, "rows": {name: as_json(row) for name, row in table.items()},
         **({"paired": {"rows": [student, best_rival], "differences": as_json(paired)}} if rivals else {})})
+    drawn = runs if len(runs) <= 4 else {name: runs[name] for name in ("baseline", best_rival, student) if name}
+    with optional_picture(output / "comparison.png") as path:
+        report.draw_comparison(drawn, path)
     print(f"\n{text}\n\ntable: {output / 'comparison.txt'}   every class: {output / 'comparison.png'}")
     print(f"curves, confusion matrices and results.json of each stage: {output}{os.sep}seed*{os.sep}*", flush=True)
 
