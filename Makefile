@@ -18,7 +18,7 @@ export GLIBC_TUNABLES ?= \
 
 # Each step is skipped where its result is there already, so that an interrupted demo goes on.
 demo: .venv/installed
-	$(BIN)/python demo_data.py data/demo_images --scale 0.15
+	$(BIN)/python demo_data.py data/demo_images --scale 0.15 --test-per-class 24
 	test -f data/demo/dataset.json || \
 	  $(BIN)/python prepare_dataset.py folders data/demo_images data/demo --head-min 34 --tail-max 14
 	$(BIN)/python run_all.py --data-root data/demo --output runs/demo --resume --init none \
