@@ -163,7 +163,7 @@ def test_a_wrong_checkpoint_cannot_teach(tiny, tmp_path, capsys, kind):
 
 @pytest.mark.parametrize("change, complaint", [
     ({"classes": list("abcde")}, "its class 5 is None, that of .* is 'f'"),
-    ({"stage": "baseline"}, "is a checkpoint of stage baseline; expected one of t1"),
+    ({"stage": "student"}, "is a checkpoint of stage student; expected one of t1, or a baseline"),
     ({"groups": {"head": [0], "middle": [1, 2, 3], "tail": [4, 5]}}, "with other head, middle and tail classes"),
     ({"preprocessing": {"image_size": 224}}, "was trained at 224 pixels; this run is at 32; give --image-size 224"),
 ])
