@@ -32,7 +32,7 @@ from resnet50 import ResNet50
 from runtime import UserError
 from settings import Settings, parse_settings
 from stage import read_lists
-from training_run import start_run
+from training_run import Run, start_run
 
 STAGES = ("baseline", "t1", "t2", "t3", "student")
 RIVALS = ("class_aware", "balanced_softmax", "logit_adjustment", "ldam_drw", "crt")
@@ -101,6 +101,28 @@ def test_a_finished_run_goes_on_to_its_table_alone(pipeline, tiny):
     assert (folder / "comparison.json").read_text() == before
     with pytest.raises(UserError, match="baseline: holds a run with lr 0.01, not 0.02"):
         run_all.main([*flags, "--output", str(folder), "--resume", "--lr", "0.02"])
+
+
+def test_rivals_leave_plain_networks(pipeline):
+    """LDAM's cosines as a linear layer, and classifier re-training with the baseline's network below a new layer."""
+    best = {name: torch.load(pipeline[0] / "seed0" / name / "best.pt", weights_only=True)["model"]
+            for name in ("baseline", "ldam_drw", "crt")}
+    assert torch.allclose(best["ldam_drw"]["fc.weight"].norm(dim=1), torch.tensor(30.0))
+    assert not best["ldam_drw"]["fc.bias"].any()
+    different = {name for name, value in best["crt"].items() if not torch.equal(value, best["baseline"][name])}
+    assert different == {"fc.weight", "fc.bias"}
+
+
+def test_adjusted_logits_are_those_of_the_network_that_is_tested_and_kept():
+    torch.manual_seed(0)
+    counts, network = torch.tensor([90, 9, 1]), ResNet50(3).eval()
+    run = SimpleNamespace(settings=Settings(logit_adjustment=1.0), network=network, class_counts=counts)
+    images = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        found, trained = Run.answering_network(run)(images)[0], network(images)[0]
+    assert torch.allclose(found, trained - (counts / 100).log(), atol=1e-5)
+    run.settings = Settings()
+    assert Run.answering_network(run) is network
 
 
 def test_results_have_what_the_reader_is_promised(pipeline, tiny):
