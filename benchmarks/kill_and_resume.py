@@ -30,7 +30,7 @@ def command(data, output, runs, size, epochs):
     return [sys.executable, str(PROJECT / "baseline_cl_s_weight.py"), "--data-root", str(data), "--output", str(output),
             *origins, "--image-size", str(size), "--epochs", str(epochs), "--batch-size", "8", "--lr", "0.01",
             "--schedule", "one-cycle", "--device", "cpu", "--precision", "fp32", "--save-steps", "3",
-            "--feature-cache", "1", "--resume"]
+            "--teacher-batch-norm", "recalibrated", "--feature-cache", "1", "--resume"]
 
 
 def run_until(program, seconds):
