@@ -356,7 +356,7 @@ def test_bf16_trains_too_and_the_last_epoch_can_be_kept(tiny, tmp_path, monkeypa
     results = json.loads((tmp_path / "b" / "results.json").read_text())
     assert (results["precision"], results["epoch"], results["selected_on"]) == ("bf16", 2, "last")
     output = capsys.readouterr().out
-    assert "last epoch 2: val accuracy" in output and "24 test images; the last epoch, " in output
+    assert "last epoch 2: val accuracy" in output and "24 test images; the last epoch; " in output
 
 
 def test_labels_drowned_by_imitation_are_said_once(capsys):
