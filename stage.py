@@ -167,12 +167,13 @@ def load_teachers(weights, settings, info):
     """{name: ResNet50} of {name: file}; names with the same file share one network."""
     networks = {}
     for name, path in weights.items():
+        network = load_teacher(name, path, settings, info)  # each name has its own checks, also for the same file
         same = next((other for other in networks if Path(weights[other]).resolve() == Path(path).resolve()), None)
-        networks[name] = networks[same] if same else load_teacher(name, path, settings, info)
+        networks[name] = networks[same] if same else network
     return networks
 
 
-def freeze_teachers(networks, stage, settings, data, device, precision):
+def freeze_teachers(networks, settings, data, device, precision):
     """The frozen teachers, {name: network on the device}, made of what `load_teachers` gave.
 
     data: the stage's images, for teachers whose statistics are recalibrated on them."""

@@ -81,7 +81,7 @@ def start_run(stage, settings, lists, device, precision):
         say(f"initialised: {said}")
     prepare_classifier(network, settings)
     data = load_data(*lists, settings)
-    teachers = freeze_teachers(teachers, stage, settings, data, device, precision)
+    teachers = freeze_teachers(teachers, settings, data, device, precision)
     features = open_feature_cache(stage, settings, data, teachers, weights, device, precision)
     sampler = make_sampler(stage, settings, data.train, len(info.classes))
     network.to(device, memory_format=torch.channels_last)

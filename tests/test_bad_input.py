@@ -175,6 +175,13 @@ def test_a_teacher_of_another_run_cannot_teach(tiny, tmp_path, capsys, change, c
     assert not (tmp_path / "t2").exists()
 
 
+def test_one_file_as_two_teachers_must_be_fit_to_be_each(tiny, tmp_path, capsys):
+    save_described(tmp_path / "t1.pt")
+    assert run_main(baseline_cl_t3, "--t1", tmp_path / "t1.pt", "--t2", tmp_path / "t1.pt", "--data-root", tiny,
+                    "--init", "none", "--output", tmp_path / "t3", *QUICK) == 2
+    assert_one_line(capsys, r"t1\.pt: is a checkpoint of stage t1; expected one of t2, or a baseline")
+
+
 def test_a_baseline_of_other_classes_is_no_start(tiny, tmp_path, capsys):
     save_described(tmp_path / "other.pt", classes=list("bacdef"))
     assert run_main(baseline_cl_t1, "--init", tmp_path / "other.pt", "--data-root", tiny, "--output", tmp_path / "t1",
