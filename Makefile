@@ -18,7 +18,7 @@ export GLIBC_TUNABLES ?= \
 
 # Each step is skipped where its result is there already, so that an interrupted demo goes on.
 demo: .venv/installed
-	$(BIN)/python demo_data.py data/demo_images --scale 0.15 --test-per-class 24
+	$(BIN)/python -m demo.draw_ships data/demo_images --scale 0.15 --test-per-class 24
 	test -f data/demo/dataset.json || \
 	  $(BIN)/python prepare_dataset.py folders data/demo_images data/demo --head-min 34 --tail-max 14
 	$(BIN)/python run_all.py --data-root data/demo --output runs/demo --resume --init none \
@@ -30,7 +30,7 @@ SCENES = --train data/demo_scenes/train.json --test data/demo_scenes/test.json -
   --warmup-steps 60 --workers 0
 
 demo-detection: .venv/installed
-	$(BIN)/python -m detection.demo_data data/demo_scenes --size 192
+	$(BIN)/python -m demo.draw_scenes data/demo_scenes --size 192
 	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 34 --epochs 28 --lr-steps 22,26 \
 	  --output runs/demo_detection/teacher
 	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 18 --output runs/demo_detection/gfl

@@ -6,10 +6,10 @@ distilled worst.
     python baseline_cl_s_weight.py --test-only --weights FILE     ours, or the authors' released weights
 """
 
-from distillation import own_teacher
-from engine import run_stage
-from settings import Settings
-from stage import Stage
+from recognition.distillation import own_teacher
+from recognition.engine import run_stage
+from recognition.settings import Settings
+from recognition.stage import Stage
 
 # Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting there is.
 SETTINGS = Settings(

@@ -4,10 +4,10 @@ loss = CE + MSE(f_T1, f).
     python baseline_cl_t2.py
 """
 
-from distillation import each_teacher
-from engine import run_stage
-from settings import Settings
-from stage import Stage
+from recognition.distillation import each_teacher
+from recognition.engine import run_stage
+from recognition.settings import Settings
+from recognition.stage import Stage
 
 # Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting there is.
 SETTINGS = Settings(

@@ -6,9 +6,9 @@ may start from it, and the student is compared with it.
     torchrun --nproc_per_node 2 baseline_resnet50.py
 """
 
-from engine import run_stage
-from settings import Settings
-from stage import Stage
+from recognition.engine import run_stage
+from recognition.settings import Settings
+from recognition.stage import Stage
 
 # Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting there is.
 SETTINGS = Settings(

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from files import atomic_path, read_json, write_json
-from runtime import UserError
+from common.files import atomic_path, read_json, write_json
+from common.runtime import UserError
 
 GROUPS = ("head", "middle", "tail")
 SPLITS = ("train", "val", "test")

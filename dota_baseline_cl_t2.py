@@ -6,7 +6,7 @@
 from dataclasses import replace
 
 from baseline_cl_t2 import SETTINGS, STAGE
-from engine import run_stage
+from recognition.engine import run_stage
 
 # Edit here, or in baseline_cl_t2.py what both are to share; every setting is also a flag.
 SETTINGS = replace(

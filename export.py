@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.files import atomic_path, publish_checkpoint, sha256_of, without_paths
+from common.runtime import UserError, run_script
 from dataset import network_input
-from exported import METADATA, read_exported, require_packages, require_torch
-from files import atomic_path, publish_checkpoint, sha256_of, without_paths
-from inference import load_classifier
 from predict import decode, find_images
+from recognition.exported import METADATA, read_exported, require_packages, require_torch
+from recognition.inference import load_classifier
 from resnet50 import fold_batch_norm
-from runtime import UserError, run_script
 
 LIMIT = 1e-4  # of the largest logit: how far an exported file may be from the network; rounding makes about 1e-6
 CHECKED = 64  # images to compare on, at most

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from common.files import atomic_path, write_json
+from common.image_cache import decode_square, in_processes, unreadable
+from common.runtime import UserError, run_script
 from dataset import list_lines
-from files import atomic_path, write_json
-from image_cache import decode_square, in_processes, unreadable
-from inference import open_classifier
-from runtime import UserError, run_script
+from recognition.inference import open_classifier
 
 
 def find_images(paths):

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from check_dataset import check_dataset, print_table
-from chips import cut_chips, read_coco, read_dota
+from common.runtime import UserError, run_script
 from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, write_dataset
-from division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
-from report import draw_class_counts
-from runtime import UserError, run_script
-from sources import published_deviations, read_fgsc23, read_folders
+from preparation.check import check_dataset, print_table
+from preparation.chips import cut_chips, read_coco, read_dota
+from preparation.division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
+from preparation.sources import published_deviations, read_fgsc23, read_folders
+from recognition.report import draw_class_counts
 
 # Edit here, or give the flag of the same name.
 IMBALANCE = None  # cut train to an exponential long tail: its largest class this many times its smallest

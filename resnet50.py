@@ -10,8 +10,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import get_model_weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from files import check_entries, is_stored_whole, load_checkpoint
-from runtime import UserError
+from common.files import check_entries, is_stored_whole, load_checkpoint
+from common.runtime import UserError
 
 # What this project's checkpoints say of themselves, at least.
 DESCRIPTION = {"stage": str, "classes": list, "groups": dict, "preprocessing": dict, "epoch": int, "selected_on": str}

@@ -18,14 +18,14 @@ import baseline_cl_t1
 import baseline_cl_t2
 import baseline_cl_t3
 import baseline_resnet50
-import report
-from charts import optional_picture
-from engine import check_run, is_finished
-from files import atomic_path, read_json, write_json
-from flags import add_flags
-from job_queue import Job, run_jobs, slots
-from runtime import UserError, resolve_device, run_script, say
-from settings import Settings, parse_settings
+from common.charts import optional_picture
+from common.files import atomic_path, read_json, write_json
+from common.flags import add_flags
+from common.runtime import UserError, resolve_device, run_script, say
+from recognition import report
+from recognition.engine import check_run, is_finished
+from recognition.job_queue import Job, run_jobs, slots
+from recognition.settings import Settings, parse_settings
 
 # Flags of a single stage that make no sense for all of them, or that this script sets itself.
 OWN_FLAGS = ("output", "seed", "init", "t1", "t2", "t3", "sampler", "train", "loss", "logit_adjustment", "distillation",

@@ -28,16 +28,16 @@ from tqdm import tqdm
 from baseline_resnet50 import SETTINGS, STAGE
 from benchmarks.common import finish, interleaved, parser, print_table, set_up, wait_for
 from ClassAwareSampler import SelfCalibratedBatchSampler
+from common.files import read_json
+from common.image_cache import ImageCache, in_processes
+from common.precision import resolve_precision
+from common.runtime import UserError, autocast, run_script
+from common.training import to_device
 from dataset import DatasetInfo, ImageDataset, fingerprint, network_input, write_dataset
-from files import read_json
-from image_cache import ImageCache, in_processes
-from precision import resolve_precision
-from published import DOTA
+from recognition.published import DOTA
+from recognition.run import make_sampler
+from recognition.stage import load_data, read_lists
 from resnet50 import ResNet50
-from runtime import UserError, autocast, run_script
-from stage import load_data, read_lists
-from training import to_device
-from training_run import make_sampler
 
 DRAWING = 1  # raise it when the drawing changes, so that chips of an older one are not used again
 SIZES = (3_000, 10_000, 30_000)  # and --images

@@ -15,19 +15,19 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks.common import finish, interleaved, parser, print_table, set_up
-from detection.anchors import make_anchors, pyramid_sizes
-from detection.assignment import assign_batch
-from detection.data import Batch
-from detection.detector import Architecture, Detector, Outputs
-from detection.distillation import ld_losses
+from common.precision import resolve_precision
+from common.runtime import autocast, run_script
+from detection.assigners.atss import assign_batch
+from detection.data.batches import Batch
+from detection.data.transforms import MEAN, STD
+from detection.distillers.ld import ld_losses
 from detection.engine import DetectionRun, train_step
-from detection.losses import gfl_losses
+from detection.geometry.anchors import make_anchors, pyramid_sizes
+from detection.geometry.suppression import SUPPRESSIONS
+from detection.losses.gfl import gfl_losses
+from detection.network.detector import Architecture, Detector, Outputs
 from detection.settings import LDSettings
-from detection.suppression import SUPPRESSIONS
-from detection.transforms import MEAN, STD
-from precision import resolve_precision
 from resnet50 import fold_batch_norm
-from runtime import autocast, run_script
 
 CLASSES = 15  # DOTA's
 

@@ -20,10 +20,8 @@ import torch
 
 from benchmarks.bench_training import STEPS, draw_data, save_teachers, stage_run
 from benchmarks.common import finish, parser, set_up
-from dataset import read_info
-from engine import train_step
-from precision import resolve_precision
-from runtime import (
+from common.precision import resolve_precision
+from common.runtime import (
     rank,
     resolve_device,
     run_script,
@@ -31,7 +29,9 @@ from runtime import (
     start_processes,
     sum_over_processes,
 )
-from training import trained_form
+from common.training import trained_form
+from dataset import read_info
+from recognition.engine import train_step
 
 
 def work(folder, stage, batch_size, steps, size):

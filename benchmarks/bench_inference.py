@@ -19,13 +19,13 @@ import torch
 
 import export
 from benchmarks.common import finish, interleaved, parser, set_up
+from common.image_cache import decode_square
+from common.runtime import UserError, autocast, run_script
 from dataset import network_input
-from exported import read_exported
-from image_cache import decode_square
-from inference import inference_network, load_classifier
 from predict import find_images
+from recognition.exported import read_exported
+from recognition.inference import inference_network, load_classifier
 from resnet50 import fold_batch_norm
-from runtime import UserError, autocast, run_script
 
 
 def plain(network, device, precision):

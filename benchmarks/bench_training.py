@@ -27,17 +27,17 @@ import baseline_cl_t3
 import baseline_resnet50
 from benchmarks import reference
 from benchmarks.common import finish, interleaved, parser, print_table, set_up
+from common.files import save_checkpoint
+from common.precision import resolve_precision
+from common.runtime import autocast, run_script
+from common.training import trained_form
 from dataset import DatasetInfo, describe, read_split, write_dataset
-from engine import train_step
-from files import save_checkpoint
-from precision import resolve_precision
-from published import FGSC23
+from recognition.engine import train_step
+from recognition.published import FGSC23
+from recognition.run import start_run
+from recognition.settings import TEACHER_BATCH_NORM
+from recognition.stage import read_lists
 from resnet50 import ResNet50
-from runtime import autocast, run_script
-from settings import TEACHER_BATCH_NORM
-from stage import read_lists
-from training import trained_form
-from training_run import start_run
 
 # A step's script and settings of its own.
 STEPS = {

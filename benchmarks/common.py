@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from files import write_json
-from runtime import device_name, library_versions, resolve_device
+from common.files import write_json
+from common.runtime import device_name, library_versions, resolve_device
 
 
 def parser(description, name):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_training import draw_data, save_teachers
-from runtime import run_script
+from common.runtime import run_script
 
 PROJECT = Path(__file__).resolve().parent.parent
 

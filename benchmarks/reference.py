@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from common.image_cache import decode_square
 from dataset import network_input
-from image_cache import decode_square
 
 
 class DecodedAgain(Dataset):

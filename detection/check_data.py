@@ -14,12 +14,12 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from detection.annotations import for_training, read_annotations
-from detection.data import read_image
-from detection.records import Findings
-from files import sha256_of
-from image_cache import in_processes
-from runtime import UserError, run_script
+from common.files import sha256_of
+from common.image_cache import in_processes
+from common.runtime import UserError, run_script
+from detection.data.annotations import for_training, read_annotations
+from detection.data.batches import read_image
+from detection.data.records import Findings
 
 MEDIUM, LARGE = 32**2, 96**2  # COCO's limits: the areas in square pixels at which an object is medium, large
 

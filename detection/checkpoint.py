@@ -4,12 +4,12 @@ import dataclasses
 
 import torch
 
-from detection.anchors import ANCHOR_SCALE, STRIDES
-from detection.backbone import DEPTHS
-from detection.detector import Architecture, Detector
-from detection.transforms import MEAN, STD
-from files import check_entries, load_checkpoint
-from runtime import UserError
+from common.files import check_entries, load_checkpoint
+from common.runtime import UserError
+from detection.data.transforms import MEAN, STD
+from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
+from detection.network.backbone import DEPTHS
+from detection.network.detector import Architecture, Detector
 
 # The parts of a description and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}

@@ -6,9 +6,9 @@
 import argparse
 from pathlib import Path
 
+from common.files import read_json
+from common.runtime import UserError, run_script
 from detection.tables import comparison_table
-from files import read_json
-from runtime import UserError, run_script
 
 
 def read_rows(rows):

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torchvision.models.resnet import Bottleneck
 
+from common.files import check_entries, is_stored_whole, load_checkpoint, save_checkpoint, sha256_of
+from common.runtime import UserError, run_script
 from dataset import list_lines
-from detection.anchors import STRIDES
-from detection.backbone import DEPTHS
 from detection.checkpoint import RANGES, describe_model, describe_preprocessing, is_description
-from detection.detector import Architecture, Detector
-from files import check_entries, is_stored_whole, load_checkpoint, save_checkpoint, sha256_of
-from runtime import UserError, run_script
+from detection.geometry.anchors import STRIDES
+from detection.network.backbone import DEPTHS
+from detection.network.detector import Architecture, Detector
 
 # Ours, as a pattern, and theirs. The ResNet has the same names in both; `head.scales` is one entry for all levels here,
 # and one for each there.

@@ -6,23 +6,9 @@ from pathlib import Path
 
 import torch
 
-from detection import pictures
-from detection.anchors import make_anchors, pyramid_sizes
-from detection.annotations import fingerprint, for_training, read_annotations
-from detection.assignment import assign_batch
-from detection.backbone import initialise
-from detection.checkpoint import describe_model, describe_preprocessing
-from detection.data import AspectRatioBatchSampler, DetectionDataset, loader
-from detection.detector import Architecture, Detector
-from detection.evaluation import ap_of_run, read_test_annotations, test, test_only
-from detection.losses import gfl_losses
-from detection.records import Annotations
-from detection.settings import LDSettings, data_name, identity, parse_settings
-from detection.teacher import distil, load_teacher
-from detection.transforms import normalise
-from files import read_json_lines, remove_partials, save_checkpoint, sha256_of, write_json
-from flags import check_output
-from runtime import (
+from common.files import read_json_lines, remove_partials, save_checkpoint, sha256_of, write_json
+from common.flags import check_output
+from common.runtime import (
     UserError,
     autocast,
     device_name,
@@ -35,7 +21,7 @@ from runtime import (
     start_processes,
     world_size,
 )
-from training import (
+from common.training import (
     TrainingRun,
     check_common_settings,
     is_resumed,
@@ -45,6 +31,20 @@ from training import (
     train_epochs,
     trained_form,
 )
+from detection import pictures
+from detection.assigners.atss import assign_batch
+from detection.checkpoint import describe_model, describe_preprocessing
+from detection.data.annotations import fingerprint, for_training, read_annotations
+from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, loader
+from detection.data.records import Annotations
+from detection.data.transforms import normalise
+from detection.distillers.teacher import distil, load_teacher
+from detection.evaluation import ap_of_run, read_test_annotations, test, test_only
+from detection.geometry.anchors import make_anchors, pyramid_sizes
+from detection.losses.gfl import gfl_losses
+from detection.network.backbone import initialise
+from detection.network.detector import Architecture, Detector
+from detection.settings import LDSettings, data_name, identity, parse_settings
 
 FLIP = 0.5  # probability that a training image is mirrored
 WARMUP_RATIO = 0.001  # of the learning rate, where it starts

@@ -7,18 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection import pictures
-from detection.annotations import read_annotations
-from detection.average_precision import voc_ap
-from detection.checkpoint import load_detector
-from detection.coco_ap import coco_ap
-from detection.data import DetectionDataset, loader, read_image, test_draws
-from detection.inference import detect, inference_network
-from detection.settings import data_name
-from detection.tables import results_table
-from files import read_json, sha256_of, write_json
-from precision import resolve_precision
-from runtime import (
+from common.files import read_json, sha256_of, write_json
+from common.precision import resolve_precision
+from common.runtime import (
     UserError,
     autocast,
     device_name,
@@ -27,6 +18,15 @@ from runtime import (
     say,
     world_size,
 )
+from detection import pictures
+from detection.checkpoint import load_detector
+from detection.data.annotations import read_annotations
+from detection.data.batches import DetectionDataset, loader, read_image, test_draws
+from detection.inference import detect, inference_network
+from detection.metrics.coco_ap import coco_ap
+from detection.metrics.voc_ap import voc_ap
+from detection.settings import data_name
+from detection.tables import results_table
 
 
 def detect_all(network, annotations, preprocessing, settings, device, precision):

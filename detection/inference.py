@@ -2,12 +2,12 @@
 
 import torch
 
-from detection.anchors import make_anchors
-from detection.losses import class_scores, decoded_boxes
-from detection.suppression import SUPPRESSIONS
-from detection.transforms import normalise
+from common.runtime import autocast
+from detection.data.transforms import normalise
+from detection.geometry.anchors import make_anchors
+from detection.geometry.suppression import SUPPRESSIONS
+from detection.losses.gfl import class_scores, decoded_boxes
 from resnet50 import fold_batch_norm
-from runtime import autocast
 
 CANDIDATES = 1000  # of each level, by their highest class score
 LEAST_SCORE = 0.05

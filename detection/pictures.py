@@ -6,9 +6,9 @@ from itertools import cycle, product
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from charts import new_figure, save_figure
-from detection.average_precision import envelope
-from files import atomic_path
+from common.charts import new_figure, save_figure
+from common.files import atomic_path
+from detection.metrics.voc_ap import envelope
 
 # Okabe and Ito's colours, which the colour-blind can tell apart: on images without their black, on white without their
 # yellow.

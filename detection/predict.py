@@ -20,16 +20,16 @@ from pathlib import Path
 
 import torch
 
+from common.files import atomic_path, write_json
+from common.image_cache import unreadable
+from common.precision import resolve_precision
+from common.runtime import UserError, resolve_device, run_script
 from detection.checkpoint import load_detector
+from detection.data.transforms import decode_rgb, pad_to_batch, resize, target_size
+from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import LEAST_SCORE, MOST, detect, inference_network
 from detection.pictures import draw_boxes
-from detection.suppression import SUPPRESSIONS
-from detection.transforms import decode_rgb, pad_to_batch, resize, target_size
-from files import atomic_path, write_json
-from image_cache import unreadable
-from precision import resolve_precision
 from predict import find_images
-from runtime import UserError, resolve_device, run_script
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
 

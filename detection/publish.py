@@ -9,9 +9,9 @@ yours, and does all that the checkpoint does but go on with training."""
 import argparse
 from pathlib import Path
 
+from common.files import publish_checkpoint
+from common.runtime import run_script
 from detection.checkpoint import load_detector
-from files import publish_checkpoint
-from runtime import run_script
 
 
 def main(argv=None):

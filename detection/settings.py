@@ -5,13 +5,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from detection.backbone import DEPTHS
-from detection.distillation import LD_NORMS, METHODS
-from detection.losses import BOX_LOSSES
-from detection.regions import VLR_METRICS
-from detection.suppression import SUPPRESSIONS
-from flags import check_range, epochs_list, parse_flags, run_identity, setting
-from runtime import UserError
+from common.flags import check_range, epochs_list, parse_flags, run_identity, setting
+from common.runtime import UserError
+from detection.distillers.ld import LD_NORMS, METHODS
+from detection.distillers.regions import VLR_METRICS
+from detection.geometry.suppression import SUPPRESSIONS
+from detection.losses.gfl import BOX_LOSSES
+from detection.network.backbone import DEPTHS
 
 # What the published schedules have in common are the defaults of Settings. Epochs are counted from 1, and lr_steps are
 # those that BEGIN with a lower learning rate: "12 epochs, steps 8 and 11" of a config are (9, 12) here.

@@ -9,10 +9,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from common.flags import add_flags
+from common.runtime import resolve_device, run_script, seed_everything, start_processes
 from detection.evaluation import test_only
 from detection.settings import Settings, check_ranges, data_name
-from flags import add_flags
-from runtime import resolve_device, run_script, seed_everything, start_processes
 
 FLAGS = ("test", "images", "metric", "suppression", "device", "precision", "workers")
 

@@ -1,0 +1,231 @@
+"""Image files -> grey squares -> one memory-mapped array, built once by several processes."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.files import atomic_path, remove_partials
+from common.runtime import UserError
+
+CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the resize changes what it returns
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode(path):
+    """Read an image file as an 8-bit PIL image of any mode.
+
+    16-bit images are scaled to 8 bits, an animation gives its first frame. Raises OSError or ValueError for what cannot
+    be read, an image bomb among it; damaged files can make Pillow raise others (see `unreadable`)."""
+    if not os.path.isfile(path):
+        raise OSError("not a file")  # a named pipe would be waited for
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about transparency and damaged metadata, which are not used
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, to be run by Ghostscript; convert it to PNG")
+            image.seek(0)
+            image.load()
+            if image.mode == "F":
+                raise ValueError("floating-point pixels, of no known range; convert it to 8 or 16 bits")
+            if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, 0..65535
+                values = np.rint(np.asarray(image, dtype=np.float32) / 257)
+                return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+            return image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
+
+
+def decode_grey(path):
+    """Read an image file as an 8-bit grey PIL image, as `decode` does; transparency is dropped."""
+    return decode(path).convert("L")
+
+
+def decode_square(path, size):
+    """(size, size) uint8 array: the grey image resized bicubically, its aspect ratio not kept (the paper's recipe)."""
+    return np.asarray(decode_grey(path).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def unreadable(error):
+    """In a few words, why decode_grey failed."""
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"refused: more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    return f"not readable as an image: {error}"
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+class ImageCache:
+    """Every image of a data set as one (images, size, size) uint8 memory-mapped array.
+
+    The key covers each image's path, bytes and time of change, so an edited image is noticed; the file is renamed into
+    place when whole; a lock makes processes that start together build it once.
+
+    images: the folder of the images. samples: the [dataset.Sample] whose images to hold. folder: where the cache lies.
+    name: of its file; a new cache replaces older ones of the same name and size. processes: decoders, None for one a
+    core. row_of: {relative path: row of the array}. key: changes with every image."""
+
+    def __init__(self, images, samples, size, folder, name="images", processes=None):
+        where = {}
+        for sample in samples:
+            where.setdefault(sample.path, sample.where)
+        paths = sorted(where)
+        self.row_of = {path: row for row, path in enumerate(paths)}
+        key = _cache_key(images, paths, where, size)
+        file = Path(folder) / f"{name}_{size}_{key}.npy"
+        build_once(file, f"{name}_{size}_*.npy", lambda: _build_cache(file, images, paths, where, size, processes))
+        self.array = np.load(file, mmap_mode="r")
+        self.key = key
+
+
+def build_once(file, replaces, build):
+    """Call `build()`, which writes `file`, unless it is there; of processes that start together one builds. Afterwards
+    the files of the folder that match the pattern `replaces` are removed, and what killed builds of them have left."""
+    if file.exists():
+        return
+    with _locked(file.parent) as locked:
+        if locked:  # so no one else is at work on what is left here
+            remove_partials(file.parent, replaces)
+        if not file.exists():  # another process may have built it meanwhile
+            build()
+            for older in set(file.parent.glob(replaces)) - {file}:
+                with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
+                    older.unlink()
+
+
+def _cache_key(images, paths, where, size):
+    """A hexadecimal key of what the cache is made from. Raises UserError for an absent image or a link that leaves."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {size}".encode())
+    root, inside = os.path.realpath(images), {}
+    for path in paths:
+        full = os.path.join(root, path)
+        folder = os.path.dirname(full)
+        if folder not in inside:
+            inside[folder] = _is_inside(folder, root)
+        try:
+            status = os.lstat(full)
+            is_link = stat.S_ISLNK(status.st_mode)
+            if not inside[folder] or (is_link and not _is_inside(full, root)):
+                raise UserError(f"{where[path]}: {path} is a link out of the image folder {images}")
+            status = os.stat(full) if is_link else status
+        except (OSError, ValueError):
+            raise UserError(f"{where[path]}: no such image: {Path(images) / path}") from None
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_inside(path, root):
+    real = os.path.realpath(path)
+    return real == root or real.startswith(root + os.sep)
+
+
+def _build_cache(file, images, paths, where, size, processes):
+    needed = len(paths) * size * size
+    free = shutil.disk_usage(file.parent).free
+    if needed > free:
+        raise UserError(f"{file.parent}: the image cache needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+                        "give a smaller --image-size or make room")
+    with atomic_path(file) as temporary:
+        with open(temporary, "wb") as whole:
+            np.lib.format.write_array_header_1_0(
+                whole, {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size)})
+            offset = whole.tell()
+            whole.truncate(offset + needed)
+        chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
+        jobs = [(temporary, offset, images, chunk, paths[chunk.start:chunk.stop], size) for chunk in chunks]
+        with tqdm(total=len(paths), desc=f"caching images at {size}x{size}", unit="image", disable=None) as bar:
+            for (path, reason), done in in_processes(_fill_cache, jobs, processes):
+                if reason:
+                    raise UserError(f"{where[path]}: {Path(images) / path}: {reason}")
+                bar.update(done)
+
+
+def _fill_cache(job):
+    """Decode one chunk of images and write it at its place. Returns ((path, reason), count): reason None if all went
+    well."""
+    file, offset, images, rows, paths, size = job
+    block = np.empty((len(rows), size, size), np.uint8)
+    for number, path in enumerate(paths):
+        try:
+            block[number] = decode_square(os.path.join(images, path), size)
+        # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
+        except Exception as error:
+            return (path, unreadable(error)), number
+    with open(file, "r+b") as whole:
+        whole.seek(offset + rows.start * size * size)
+        whole.write(block)
+    return (None, None), len(rows)
+
+
+def in_processes(function, jobs, processes=None):
+    """Yield `function(job)` for every job, in order, computed by several processes.
+
+    processes: how many; None is one a core; 1, or a single job, runs here. Raises UserError if one is killed."""
+    processes = min(processes or os.cpu_count() or 1, len(jobs), 60)  # Windows cannot wait for more than 61
+    if processes <= 1:
+        yield from map(function, jobs)
+        return
+    # Forked workers start in milliseconds; a spawned one would import torch first.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with warnings.catch_warnings():
+        # Python 3.12 warns that a forked child of a threaded parent may hang on a lock; these children only decode.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_process)
+        try:
+            yield from pool.map(function, jobs)
+        except BrokenProcessPool:
+            time.sleep(0.5)  # a Ctrl-C that ended the children first is about to arrive here, and says what happened
+            raise UserError("a decoding process was killed, probably for lack of memory") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_process():
+    """What a process of `in_processes` does first: see to it that it ends without a word at Ctrl-C, and when its parent
+    is killed; it would wait for work for ever, and hold the locks of the parent that it was forked from."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Hold an exclusive lock on `folder` (made if absent). The system drops it when the process dies, so none is ever
+    stale. Yields whether platform and file system have such a lock; without, two processes may both build a cache, and
+    either is whole."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below, outside this try
+    except OSError as error:
+        raise UserError(f"{folder}: the image cache cannot be written here ({error.strerror})") from None
+    with file:
+        locked = False
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        yield locked
+
+

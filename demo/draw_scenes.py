@@ -1,0 +1,102 @@
+"""Draw the demo data set of detection: small aerial scenes with planes, ships and storage tanks, as a COCO data set.
+
+    python -m demo.draw_scenes DESTINATION [--seed 0] [--train 120] [--test 40] [--size 256]
+
+No real image is used. A scene is a harbour, a coast, open sea, an airfield or a tank farm, at a ground resolution of
+its own, so that the objects of a scene fit each other; buildings, containers, cars, trees, islands and fields are there
+to be mistaken for them. The result is DESTINATION/train.json, DESTINATION/test.json, DESTINATION/images, and
+DESTINATION/sheet.png to look at.
+"""
+
+import argparse
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from common.files import write_json
+from common.runtime import UserError, run_script
+from demo.draw_ships import write_whole
+from demo.scenes import CLASSES, SPLITS, draw_scene
+
+# To be raised whenever the drawing changes, so that a folder drawn by an older program does not pass for a new one.
+DRAWING_VERSION = 1
+SHEET_COLUMNS, SHEET_ROWS = 6, 6
+BOX_COLOURS = ((255, 70, 70), (255, 235, 0), (0, 255, 255))
+
+
+def contact_sheet(scenes, size):
+    """RGB image of scenes (picture, boxes, labels) in rows, their boxes in the colour of the class."""
+    rows, pitch = -(-len(scenes) // SHEET_COLUMNS), size + 4
+    sheet = Image.new("RGB", (SHEET_COLUMNS * pitch, rows * pitch + 20), (255, 255, 255))
+    pencil = ImageDraw.Draw(sheet)
+    for label, name in enumerate(CLASSES):
+        pencil.rectangle((4 + 120 * label, 4, 14 + 120 * label, 14), BOX_COLOURS[label], (0, 0, 0))
+        pencil.text((20 + 120 * label, 4), name, fill=(0, 0, 0))
+    for number, (picture, boxes, labels) in enumerate(scenes):
+        left, top = pitch * (number % SHEET_COLUMNS), 20 + pitch * (number // SHEET_COLUMNS)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        for box, label in zip(boxes + [left, top, left - 1, top - 1], labels, strict=True):
+            pencil.rectangle(tuple(np.rint(box)), outline=BOX_COLOURS[label])
+    return sheet
+
+
+def coco_annotations(names, scenes, size):
+    """The COCO dict of images called `names` (under the folder "images") that show `scenes`."""
+    annotations = []
+    for image_id, (_, boxes, labels) in enumerate(scenes, 1):
+        for (left, top, right, bottom), label in zip(boxes.round(2).tolist(), labels.tolist(), strict=True):
+            width, height = round(right - left, 2), round(bottom - top, 2)
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1,
+                                "bbox": [left, top, width, height], "area": round(width * height, 2), "iscrowd": 0})
+    return {"images": [{"id": image_id, "file_name": name, "width": size, "height": size}
+                       for image_id, name in enumerate(names, 1)],
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]}
+
+
+def write_files(folder, settings):
+    """Draw all scenes, the contact sheet and, last, demo.json into an empty folder."""
+    (folder / "images").mkdir()
+    shown, size = [], settings["size"]
+    for split in SPLITS:
+        names, scenes = [f"{split}_{index:04d}.jpg" for index in range(settings[split])], []
+        for index, name in enumerate(tqdm(names, desc=f"drawing {split}", disable=None, unit="scene")):
+            picture, boxes, labels = draw_scene(split, index, settings["seed"], size)
+            Image.fromarray(picture).save(folder / "images" / name, quality=92)
+            scenes.append((None, boxes, labels))
+            if len(shown) < SHEET_COLUMNS * SHEET_ROWS:
+                shown.append((picture, boxes, labels))
+        write_json(folder / f"{split}.json", coco_annotations(names, scenes, size))
+    contact_sheet(shown, size).save(folder / "sheet.png")
+    write_json(folder / "demo.json", settings)
+
+
+def write_demo(destination, seed=0, train=120, test=40, size=256):
+    """Write the demo set into the folder destination; returns False, drawing nothing, if it is there already.
+
+    train, test: numbers of scenes; size: their sides in pixels, 32 to 1024. Raises UserError for a value out of range,
+    for a destination that holds anything else and for a disk that cannot be written."""
+    if seed < 0 or train < 1 or test < 1 or not 32 <= size <= 1024:
+        raise UserError("seed must be 0 or more, train and test 1 or more, size 32 to 1024")
+    settings = {"demo": "detection", "drawing_version": DRAWING_VERSION, "seed": seed, "train": train, "test": test,
+                "size": size}
+    return write_whole(destination, settings, write_files)
+
+
+def main():
+    """Read the command line and write the demo set."""
+    parser = argparse.ArgumentParser(prog="python -m demo.draw_scenes",
+                                     description="Draw the demo data set of planes, ships and storage tanks.")
+    parser.add_argument("destination", help="folder to make; must be new or empty")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (default %(default)s)")
+    parser.add_argument("--train", type=int, default=120, help="scenes to train on (default %(default)s)")
+    parser.add_argument("--test", type=int, default=40, help="scenes to test on (default %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="side of a scene in pixels (default %(default)s)")
+    arguments = parser.parse_args()
+    fresh = write_demo(**vars(arguments))
+    print(f"{'drawn in' if fresh else 'already there:'} {arguments.destination}")
+
+
+if __name__ == "__main__":
+    run_script(main)

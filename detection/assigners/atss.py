@@ -1,0 +1,94 @@
+"""Which anchors answer for which object: adaptive training sample selection (ATSS, Zhang et al., CVPR 2020)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from detection.geometry.anchors import valid_anchors
+from detection.geometry.boxes import centres, distances, iou
+
+TOPK = 9  # candidates of an object on each level
+INSIDE = 0.01  # pixels by which the centre of a positive anchor is inside its object, at least
+CHUNK = 512  # objects compared with all anchors at once: a (512, 22400) matrix of distances is 46 MB
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What every anchor of a batch is to predict. N images, A anchors, T objects of all images together."""
+
+    labels: torch.Tensor  # (N, A) int64 class of the matched object, num_classes for background
+    boxes: torch.Tensor  # (N, A, 4) box of the matched object in pixels, zeros for background
+    matched: torch.Tensor  # (N, A) int64 index of the matched object among the T, -1 for background
+    valid: torch.Tensor  # (N, A) bool: whether the anchor lies on its image
+    positives: tuple  # image (P,) and anchor (P,) of the positive anchors, int64
+    gt_boxes: torch.Tensor  # (T, 4) pixels
+    image_of: torch.Tensor  # (T,) int64 the image of each object
+    thresholds: torch.Tensor  # (T,) the IoU from which an anchor is positive for each object
+
+    @property
+    def positive(self):
+        """(N, A) bool: the main region, anchors that answer for an object."""
+        return self.matched >= 0
+
+
+def atss(anchors, boxes, image_of, valid):
+    """Match the anchors of a batch to its objects, all images at once.
+
+    anchors: Anchors. boxes: (T, 4) objects in pixels. image_of: (T,) int64 their images. valid: (N, A) bool.
+    Returns matched (N, A) int64, the object that an anchor answers for or -1; and the objects' thresholds (T,).
+
+    The candidates of an object are the TOPK anchors of each level whose centres lie nearest to its own; its threshold
+    is mean + standard deviation (of a sample) of their IoU with it. Positive are the candidates at least as good as
+    the threshold whose centre lies in the object; one that is positive for several takes that of the largest IoU, and
+    of equal ones the first."""
+    matched = torch.full(valid.shape, len(boxes), device=boxes.device)
+    if len(boxes) == 0:
+        return matched - 1, boxes.new_zeros(0)
+    found = [nearest(anchors, *part, valid) for part in zip(boxes.split(CHUNK), image_of.split(CHUNK), strict=True)]
+    candidates, taken = (torch.cat(parts) for parts in zip(*found, strict=True))  # (T, K) each
+    overlaps = iou(anchors.boxes[candidates], boxes[:, None]) * taken  # (T, K)
+    count = taken.sum(dim=1)
+    mean = overlaps.sum(dim=1) / count.clamp(min=1)
+    squares = ((overlaps - mean[:, None]).square() * taken).sum(dim=1)
+    thresholds = mean + (squares / (count - 1).clamp(min=1)).sqrt()
+    inside = distances(anchors.centres[candidates], boxes[:, None]).amin(dim=-1) > INSIDE
+    positive = taken & inside & (overlaps >= thresholds[:, None])
+    # The anchors of all images in one row; what is not positive goes to a place after its end.
+    places = (image_of[:, None] * valid.shape[1] + candidates).masked_fill(~positive, valid.numel()).flatten()
+    best = overlaps.new_zeros(valid.numel() + 1).scatter_reduce_(0, places, overlaps.flatten(), "amax")
+    is_best = positive & (overlaps == best[places].view_as(overlaps))
+    objects = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(candidates)
+    places = places.masked_fill(~is_best.flatten(), valid.numel())
+    matched = torch.cat([matched.flatten(), matched.new_zeros(1)])
+    matched = matched.scatter_reduce_(0, places, objects.flatten(), "amin")[:-1].view(valid.shape)
+    return matched.masked_fill(matched == len(boxes), -1), thresholds
+
+
+def nearest(anchors, boxes, image_of, valid):
+    """The candidates of objects: (G, K) int64 anchors, up to TOPK of each level, and (G, K) bool, which of them lie on
+    the object's image: a level may have fewer."""
+    apart = torch.cdist(centres(boxes), anchors.centres, compute_mode="donot_use_mm_for_euclid_dist")  # (G, A)
+    apart = apart.masked_fill(~valid[image_of], torch.inf)
+    candidates, taken, start = [], [], 0
+    for level in apart.split(anchors.counts, dim=1):
+        least = level.topk(min(TOPK, level.shape[1]), dim=1, largest=False)
+        candidates.append(least.indices + start)
+        taken.append(least.values < torch.inf)
+        start += level.shape[1]
+    return torch.cat(candidates, dim=1), torch.cat(taken, dim=1)
+
+
+def assign_batch(anchors, boxes, labels, counts, image_sizes, num_classes):
+    """The Targets of a batch.
+
+    boxes, labels: (T, 4) in pixels and (T,) int64 of all images together, image after image, on the device of the
+    anchors. counts: how many of them each image has. image_sizes: [(height, width)] of the images before they were
+    padded to the size of the batch."""
+    valid = valid_anchors(anchors, image_sizes)
+    image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(boxes.device, non_blocking=True)
+    matched, thresholds = atss(anchors, boxes, image_of, valid)
+    # One more entry, for the index -1 of the background.
+    known = torch.cat([labels, labels.new_full((1,), num_classes)])
+    places = torch.cat([boxes, boxes.new_zeros(1, 4)])
+    return Targets(known[matched], places[matched], matched, valid, (matched >= 0).nonzero(as_tuple=True), boxes,
+                   image_of, thresholds)

@@ -1,0 +1,88 @@
+"""Ground truth: COCO's JSON files and Pascal VOC's image sets, as boxes in pixels.
+
+A source is a COCO `.json`, a VOC image set (`VOC2007/ImageSets/Main/trainval.txt`), or several of either, which become
+one ("07+12"). Every box that cannot be learned from or tested against is an error that names its place."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from detection.data.coco_files import read_coco
+from detection.data.records import Annotations
+from detection.data.voc_files import read_image_set
+from common.runtime import UserError
+
+
+def read_annotations(source, images=None, classes=None, findings=None):
+    """Read the ground truth of `source`: a path, several joined by commas, or a list of paths.
+
+    images: the folder of the images. None is, for COCO, the folder `images` beside the file, else the file's own; for
+    VOC JPEGImages. classes: the names expected, in id order: of a checkpoint, or of the training set. None takes COCO's
+    categories in the order of their ids (of the first COCO source), or all names in VOC's files in alphabetical order.
+    A class is matched by name, never by place. findings: None, or Findings to add to, where reading goes on.
+
+    COCO's (x, y, width, height) and VOC's 1-based corners, from which 1 is subtracted, become 0-based corners. A box
+    that reaches outside its image is clipped to it.
+
+    Raises UserError with file and object for a box without area, outside its image or not finite, an unknown category
+    or image, something missing, an image given twice, an image that is not there, and for broken JSON or XML."""
+    paths = [Path(part) for part in ([source] if isinstance(source, Path) else
+                                     source.split(",") if isinstance(source, str) else source)]
+    parts = [read_coco(path, images, findings) if path.suffix.lower() == ".json" else
+             read_image_set(path, images, findings) for path in paths]
+    coco = [part for part in parts if part.source.suffix.lower() == ".json"]
+    if classes is None:
+        classes = coco[0].classes if coco else sorted({name for part in parts for name in part.classes})
+    if not classes:
+        first = findings.errors[:1] if findings else []
+        raise UserError(*first or [f"{paths[0]}: no object, and so no class; expected annotated images"])
+    return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))))
+
+
+def _join(parts, classes):
+    """The records of all `parts`, labelled by place in `classes`. Raises UserError for other classes and for an image
+    that occurs twice."""
+    number_of, source_of, records = {name: number for number, name in enumerate(classes)}, {}, []
+    for part in parts:
+        for label, name in enumerate(part.classes):
+            place = next((record.path.name for record in part.records if label in record.labels), None)
+            if name not in number_of and place:
+                raise UserError(f"{part.source}: unknown category {name!r} (in {place}); expected {', '.join(classes)}")
+        number = np.array([number_of.get(name, -1) for name in part.classes], dtype=np.int64)
+        for record in part.records:
+            if record.path in source_of:
+                raise UserError(f"{part.source}: image {record.path} is also in {source_of[record.path]}; expected it "
+                                "once")
+            source_of[record.path] = part.source
+            records.append(replace(record, labels=number[record.labels]))
+    return records
+
+
+def for_training(annotations, min_side=32):
+    """What of `annotations` is trained on: images with both sides at least `min_side` pixels, those without objects
+    among them; of their objects those that are not difficult and at least one pixel wide and high, the published COCO
+    recipe. What is left out of an image is background there."""
+    records = []
+    for record in annotations.records:
+        if min(record.width, record.height) < min_side:
+            continue
+        sides = record.boxes[:, 2:] - record.boxes[:, :2]  # (G, 2)
+        kept = ~record.difficult & (sides >= 1).all(axis=1) & (record.areas > 0)
+        records.append(replace(record, boxes=record.boxes[kept], labels=record.labels[kept],
+                               difficult=record.difficult[kept], areas=record.areas[kept]))
+    return replace(annotations, records=records)
+
+
+def fingerprint(annotations):
+    """16 hexadecimal digits that change with the classes, the images' names and sizes, and every object; not with the
+    folder that they lie in."""
+    digest = hashlib.sha256(json.dumps(annotations.classes).encode())
+    for record in annotations.records:
+        place = [record.image_id, record.path.name, record.width, record.height, len(record.labels)]
+        digest.update(json.dumps(place).encode())
+        for values in (record.boxes, record.labels, record.difficult, record.areas):
+            digest.update(values.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,191 @@
+"""Batches of images with their boxes. All that is random in a batch is drawn by the sampler, from the seed and the
+epoch alone: what a run sees depends neither on its loading processes nor on where it was interrupted."""
+
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size
+from common.image_cache import unreadable
+from common.runtime import UserError
+
+
+class Draw(NamedTuple):
+    """An image to load. index: of its record. short, long: the limits of its sides in pixels, see
+    `transforms.target_size`. flip: whether to mirror it."""
+
+    index: int
+    short: int
+    long: int
+    flip: bool
+
+
+class Sample(NamedTuple):
+    """An image as the network sees it. image: (3, h, w) uint8. boxes: (G, 4) float32, x1 y1 x2 y2 in its pixels.
+    labels: (G,) int64. index: of its record. scale: (w / width, h / height), its size to that of the file."""
+
+    image: torch.Tensor
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    index: int
+    scale: tuple
+
+
+class Batch(NamedTuple):
+    """images: (N, 3, H, W) uint8, padded. boxes: [(G, 4) float32]. labels: [(G,) int64]. sizes: [(h, w)] of the images
+    without padding. indices, scales: as in Sample."""
+
+    images: torch.Tensor
+    boxes: list
+    labels: list
+    sizes: list
+    indices: list
+    scales: list
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+class DetectionDataset(Dataset):
+    """The images of some `annotations.Annotations`, each as a Draw asks for it."""
+
+    def __init__(self, annotations):
+        self.annotations = annotations
+
+    def __len__(self):
+        return len(self.annotations.records)
+
+    def __getitem__(self, draw):
+        """The Sample of a Draw. Raises UserError for an image that cannot be read or has another size than its
+        annotation says."""
+        record = self.annotations.records[draw.index]
+        size = target_size(record.height, record.width, draw.short, draw.long)
+        image, boxes = resize(read_image(record), torch.tensor(record.boxes), size)
+        if draw.flip:
+            image, boxes = flip(image, boxes)
+        return Sample(image, boxes, torch.tensor(record.labels), draw.index,
+                      (size[1] / record.width, size[0] / record.height))
+
+    def __getitems__(self, draws):
+        """The Samples of a batch, or the UserError as a value: raised in a loading process, it would reach the user
+        wrapped in that process's traceback."""
+        try:
+            return [self[draw] for draw in draws]
+        except UserError as error:
+            return error
+
+
+def read_image(record):
+    """The image of an `annotations.Record`, (3, height, width) uint8. Raises UserError as DetectionDataset does."""
+    try:
+        image = decode_rgb(record.path)
+    # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
+    except Exception as error:
+        raise UserError(f"{record.path}: {unreadable(error)}") from None
+    height, width = image.shape[-2:]
+    if (height, width) != (record.height, record.width):
+        raise UserError(f"{record.path}: is {width} x {height} pixels; expected {record.width} x {record.height}, as "
+                        "its annotation says: its boxes belong to another version of the image")
+    return image
+
+
+def collate(samples):
+    """[Sample] -> Batch."""
+    images, sizes = pad_to_batch([sample.image for sample in samples])
+    return Batch(images, [sample.boxes for sample in samples], [sample.labels for sample in samples], sizes,
+                 [sample.index for sample in samples], [sample.scale for sample in samples])
+
+
+# ---- which images ----------------------------------------------------------------------------------------------------
+
+
+class AspectRatioBatchSampler(Sampler):
+    """Every image once an epoch (`repeat` times) in random order, in batches of wide images (w >= h) and of tall ones,
+    which need little padding. A group's last batch is filled up from the start of the group's order.
+
+    shapes: [(height, width)] of the images. batch_size: images of the global batch, a multiple of world_size; process
+    `rank` takes every world_size-th of them. shorts: (lo, hi); each image's short side is drawn evenly from lo..hi,
+    both included. long: limit of the long side. flip: probability of mirroring an image.
+
+    Iterating yields the batches of `epoch` that are left after its first `step`, as lists of Draw, and changes neither:
+    a loader draws ahead of the training, which alone knows how many batches it has consumed. It calls `set_position`
+    before each epoch."""
+
+    def __init__(self, shapes, batch_size, seed, rank, world_size, shorts, long, flip, repeat=1):
+        heights, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
+        self.wide = np.tile(widths >= heights, repeat)  # (N * repeat,)
+        self.count = len(heights)
+        self.batch_size, self.seed = batch_size, seed
+        self.slice = slice(rank, None, world_size)
+        self.shorts, self.long, self.flip = shorts, long, flip
+        self.epoch, self.step = 0, 0
+
+    def __len__(self):
+        """Batches of a whole epoch."""
+        return sum(-(-int(size) // self.batch_size) for size in (self.wide.sum(), (~self.wide).sum()))
+
+    def __iter__(self):
+        return self._draws(self.epoch, self.step)
+
+    def _draws(self, epoch, step):
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(len(self.wide))
+        batches = np.concatenate([self._fill(order[self.wide[order] == wide]) for wide in (True, False)])
+        batches = batches[generator.permutation(len(batches))] % self.count  # (batches, batch_size)
+        shorts = generator.integers(self.shorts[0], self.shorts[1] + 1, batches.shape)
+        flips = generator.random(batches.shape) < self.flip
+        for images, short, flipped in zip(batches[step:], shorts[step:], flips[step:], strict=True):
+            own = (values[self.slice].tolist() for values in (images, short, flipped))
+            yield [Draw(image, limit, self.long, mirrored) for image, limit, mirrored in zip(*own, strict=True)]
+
+    def _fill(self, group):
+        """(n,) -> (ceil(n / batch_size), batch_size), what is missing taken from the start again."""
+        whole = -(-len(group) // self.batch_size) * self.batch_size
+        return np.resize(group, whole).reshape(-1, self.batch_size)
+
+    def set_position(self, epoch, step):
+        """Go on with batch `step` of `epoch`, both counted from 0."""
+        self.epoch, self.step = epoch, step
+
+
+def test_draws(annotations, short, long):
+    """[Draw] of every image in order, none mirrored."""
+    return [Draw(index, short, long, False) for index in range(len(annotations.records))]
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def loader(dataset, batch_sampler, workers, device):
+    """A DataLoader of Batches. batch_sampler: an iterable of lists of Draw. workers: processes that load, 0 for this
+    one. device: where the batches will go. Iterating raises UserError for an image that cannot be read."""
+    return _Loader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=_collate_or_error,
+                   worker_init_fn=_begin_worker, pin_memory=torch.device(device).type == "cuda")
+
+
+def _collate_or_error(samples):
+    return samples if isinstance(samples, UserError) else collate(samples)
+
+
+def _begin_worker(_):
+    """Leave signals to the main process, which finishes its step with the batches of this one, and then ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Loader(DataLoader):
+    """Raises here the error that a loading process has returned."""
+
+    def __iter__(self):
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError("a loading process was killed, probably for lack of memory; give fewer workers") from None

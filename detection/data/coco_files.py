@@ -1,0 +1,93 @@
+"""Reading COCO's JSON files."""
+
+import os
+
+from detection.data.records import LARGEST, Annotations, clip, is_name, is_number, noting, record_of
+from common.files import read_json
+from common.runtime import UserError
+from preparation.sources import existing_folders
+
+# The two boxes of no area in the published instances_train2017.json: their image ids and near corners.
+COCO_EMPTY = {200365: [296.65, 388.33], 550395: [9.98, 188.56]}
+
+
+def read_coco(path, images, findings):
+    """The Annotations of one COCO file; its classes are in ascending category id. Else as
+    annotations.read_annotations."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(
+            isinstance(content.get(key), list) and all(isinstance(entry, dict) for entry in content[key])
+            for key in ("images", "annotations", "categories")):
+        raise UserError(f"{path}: not a COCO annotation file; expected lists of images, annotations and categories")
+    categories = _coco_categories(content["categories"], path)
+    label_of = {category: label for label, category in enumerate(categories)}
+    beside = path.parent / "images"
+    folder = beside if images is None and beside.is_dir() else existing_folders([images or path.parent])[0]
+    sizes, places, objects = {}, {}, {}
+    for number, entry in enumerate(content["images"]):
+        with noting(findings):
+            image_id, size = _coco_image(entry, f"{path}: image {entry.get('id', f'number {number}')}")
+            if sizes.setdefault(image_id, size) is not size:
+                raise UserError(f"{path}: two images have the id {image_id!r}; expected different ones")
+            objects[image_id] = []
+            places[image_id] = _existing_image(folder, entry.get("file_name"), f"{path}: image {image_id}")
+    if not sizes and not (findings and findings.errors):
+        raise UserError(f"{path}: no images; expected a list of them")
+    for number, entry in enumerate(content["annotations"]):
+        with noting(findings):
+            where = f"{path}: annotation {entry.get('id', f'number {number}')}"
+            found = _coco_object(entry, sizes, label_of, where, findings)
+            if found:
+                objects[entry["image_id"]].append(found)
+    records = [record_of(place, sizes[image_id], objects[image_id], image_id) for image_id, place in places.items()]
+    return Annotations(list(categories.values()), records, path)
+
+
+def _coco_categories(entries, path):
+    """{category id: name}, ascending."""
+    pairs = [(entry.get("id"), entry.get("name")) for entry in entries]
+    if not pairs or not all(type(number) is int and is_name(name) for number, name in pairs):
+        raise UserError(f"{path}: expected every category to have an id (whole number) and a name")
+    categories = dict(sorted(pairs))
+    if len(categories) < len(pairs) or len(set(categories.values())) < len(pairs):
+        raise UserError(f"{path}: two categories have the same id or the same name; expected different ones")
+    return categories
+
+
+def _coco_image(entry, where):
+    """(id, (width, height)) of an entry of `images`."""
+    if type(entry.get("id")) not in (int, str):
+        raise UserError(f"{where}: id is missing; expected a whole number or a text")
+    size = entry.get("width"), entry.get("height")
+    if not all(type(side) is int and 0 < side < LARGEST for side in size):
+        raise UserError(f"{where}: width {str(size[0])[:40]}, height {str(size[1])[:40]}; expected whole numbers above "
+                        "0")
+    return entry["id"], size
+
+
+def _existing_image(folder, name, where):
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: no file_name; expected the name of the image's file in {folder}")
+    if not os.path.isfile(folder / name):
+        raise UserError(f"{where}: no such image: {folder / name}; give the folder of the images, if they are "
+                        "elsewhere")
+    return folder / name
+
+
+def _coco_object(entry, sizes, label_of, where, findings):
+    """(box, label, crowd, area) of an entry of `annotations`; None for the two that are known to be empty."""
+    image_id, category, bbox = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
+    if type(image_id) not in (int, str) or image_id not in sizes:
+        raise UserError(f"{where}: image_id {str(image_id)[:40]} is unknown; expected the id of one of `images`")
+    if type(category) is not int or category not in label_of:
+        raise UserError(f"{where}: category_id {str(category)[:40]} is unknown; expected the id of one of `categories`")
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
+        raise UserError(f"{where}: bbox {str(bbox)[:80]}; expected [x, y, width, height], finite numbers")
+    area = entry.get("area")
+    if area is not None and not (is_number(area) and area >= 0):
+        raise UserError(f"{where}: area {str(area)[:40]}; expected a number of at least 0")
+    x, y, width, height = bbox
+    if height == 0 and COCO_EMPTY.get(image_id) == [x, y]:
+        return None
+    box = clip((x, y, x + width, y + height), sizes[image_id], where, bbox, findings)
+    return box, label_of[category], bool(entry.get("iscrowd")), area

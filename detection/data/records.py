@@ -1,0 +1,93 @@
+"""What ground truth is, whatever file it comes from: the boxes of an image, and those of many images."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.runtime import UserError
+
+LARGEST = 1e9  # a coordinate, size or area beyond it is no measure of an image
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The ground truth of one image.
+
+    path: of its file. width, height: in pixels, as the annotation says. boxes: (G, 4) float32, x1 y1 x2 y2 in pixels,
+    continuous, inside the image. labels: (G,) int64, ids of classes. difficult: (G,) bool, VOC's difficult or COCO's
+    crowd: not trained on, ignored when tested. image_id: int or str, as in the file. areas: (G,) float64, COCO's own
+    `area` (of the mask), else that of the box."""
+
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+    image_id: int | str
+    areas: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Annotations:
+    """The ground truth of many images. classes: names in id order. source: where it was read, several joined by
+    commas."""
+
+    classes: list
+    records: list
+    source: Path
+
+
+class Findings(NamedTuple):
+    """What a reader that goes on after an error has found, in sentences. errors: what is wrong; the object or image was
+    left out. clipped: boxes that reach outside their image."""
+
+    errors: list
+    clipped: list
+
+
+@contextlib.contextmanager
+def noting(findings):
+    """Where there are findings, a UserError inside becomes one of them."""
+    try:
+        yield
+    except UserError as error:
+        if findings is None:
+            raise
+        findings.errors.append(str(error))
+
+
+def record_of(path, size, objects, image_id):
+    """A Record of an image of `size` (width, height). objects: [(box, label, difficult, area or None)]."""
+    boxes = np.array([box for box, *_ in objects], dtype=np.float32).reshape(-1, 4)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) if area is None else area for box, _, _, area in objects]
+    return Record(path, *size, boxes, np.array([label for _, label, _, _ in objects], dtype=np.int64),
+                  np.array([difficult for _, _, difficult, _ in objects], dtype=bool), image_id,
+                  np.array(areas, dtype=np.float64))
+
+
+def clip(box, size, where, shown, findings):
+    """The part of a box that lies in an image of `size` (width, height), rounded to float32. shown: the box as its file
+    has it, for messages."""
+    left, top, right, bottom = box = np.array(box, dtype=np.float32).tolist()
+    if right <= left or bottom <= top:
+        raise UserError(f"{where}: box {shown} has no area; expected a width and a height above 0")
+    inside = [max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])]
+    if inside[2] <= inside[0] or inside[3] <= inside[1]:
+        raise UserError(f"{where}: box {shown} lies outside its image; expected it within {size[0]} x {size[1]} pixels")
+    if findings and inside != box:
+        findings.clipped.append(f"{where}: box {shown} reaches outside its image of {size[0]} x {size[1]} pixels")
+    return inside
+
+
+def is_number(value):
+    """Whether a value out of a file is a number that may measure an image."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST  # false for NaN, too
+
+
+def is_name(value):
+    """Whether a value out of a file can be the name of a class."""
+    return isinstance(value, str) and value.strip() != "" and value.isprintable()

@@ -1,0 +1,68 @@
+"""From an image file to the network's input: decoding, the resize, the flip, padding, normalisation."""
+
+import math
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as tvF
+
+from common.image_cache import decode
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of R, G, B in 0..255
+PAD_MULTIPLE = 32  # sides of a batch are multiples of it, so that the strides to 32 divide them
+
+
+def decode_rgb(path):
+    """Read an image file as a (3, H, W) uint8 tv_tensors.Image, as `image_cache.decode` does; transparency is dropped.
+
+    An EXIF orientation is NOT applied: annotations count the pixels as they are stored."""
+    return tvF.to_image(decode(path).convert("RGB"))
+
+
+def target_size(height, width, short, long):
+    """(height, width) of an image resized with its ratio kept to the largest size whose short side is at most `short`
+    and whose long side is at most `long`; rounded half up, as in the published recipes, and at least 1. In pixels."""
+    scale = min(long / max(height, width), short / min(height, width))
+    return tuple(max(int(side * scale + 0.5), 1) for side in (height, width))
+
+
+def resize(image, boxes, size):
+    """Resize bilinearly without antialiasing, as the published recipes do, also when it shrinks.
+
+    image: (3, H, W) uint8. boxes: (G, 4) float32, x1 y1 x2 y2 in its pixels. size: (h, w). Returns (3, h, w) uint8, and
+    the boxes scaled by the true ratio of each axis, w / W and h / H, and clipped to the new image."""
+    boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
+    boxes = tvF.clamp_bounding_boxes(tvF.resize(boxes, list(size)))
+    return tvF.resize(image, list(size), antialias=False), boxes.as_subclass(torch.Tensor)
+
+
+def flip(image, boxes):
+    """Mirror left to right: x becomes W - x. image: (3, H, W). boxes: (G, 4), x1 y1 x2 y2 in pixels."""
+    boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
+    return tvF.horizontal_flip(image), tvF.horizontal_flip(boxes).as_subclass(torch.Tensor)
+
+
+def pad_to_batch(images):
+    """Images of different sizes as one batch, padded at the right and at the bottom.
+
+    images: [(3, h, w) uint8]. Returns ((N, 3, H, W) uint8, [(h, w)]); H and W are the smallest multiples of 32 that
+    hold every image."""
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    height, width = (math.ceil(max(sides) / PAD_MULTIPLE) * PAD_MULTIPLE for sides in zip(*sizes, strict=True))
+    batch = torch.zeros((len(images), 3, height, width), dtype=torch.uint8)
+    for padded, image, (h, w) in zip(batch, images, sizes, strict=True):
+        padded[:, :h, :w] = image
+    return batch, sizes
+
+
+def normalise(images, image_sizes):
+    """(N, 3, H, W) uint8 -> float32 on the images' device: (value - mean) / std of each channel, and 0 in the padding.
+
+    image_sizes: [(h, w)] of the images without their padding."""
+    batch = images.float()
+    for channel, channel_mean, channel_std in zip(batch.unbind(1), MEAN, STD, strict=True):
+        channel.sub_(channel_mean).div_(channel_std)
+    for image, (h, w) in zip(batch, image_sizes, strict=True):
+        image[:, h:].zero_()
+        image[:, :, w:].zero_()
+    return batch

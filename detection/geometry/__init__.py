@@ -1,0 +1,1 @@
+"""Boxes, anchors, and the suppression of overlapping detections."""

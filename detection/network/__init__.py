@@ -1,0 +1,1 @@
+"""The detector: ResNet, feature pyramid, head."""

@@ -1,0 +1,1 @@
+"""From images and annotations on disk to the lists of a data set."""

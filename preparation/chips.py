@@ -1,0 +1,318 @@
+"""Objects annotated in large images -> one grey chip an object: DOTA's labelTxt and COCO's JSON.
+
+The readers only plan the chips (`Chip`); `cut_chips` decodes each large image once and writes its chips."""
+
+import contextlib
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from common.files import read_json
+from common.image_cache import decode_grey, in_processes, unreadable
+from common.runtime import UserError
+from preparation.sources import Source, existing_folders, image_files, read_released
+from recognition.published import DOTA
+
+MIN_EDGE = 4  # pixels; a chip of an object smaller than this is widened with the pixels around it
+MAX_SOURCE_PIXELS = 1_000_000_000  # Pillow's own limit would refuse the largest images of DOTA as decompression bombs
+
+
+class Chip(NamedTuple):
+    """A chip to be cut. image: path of the large image. box: (left, top, right, bottom) in whole pixels, inside the
+    image, right and bottom excluded. name: relative path of the chip, without its split."""
+
+    image: str
+    box: tuple
+    name: str
+
+
+# ---- boxes -----------------------------------------------------------------------------------------------------------
+
+
+def chip_box(box, size, margin):
+    """The part of an image to cut out for an object, or None where the object lies wholly outside.
+
+    box: (left, top, right, bottom), floats, in pixels. size: (width, height) of the image. margin: the chip's edges are
+    1 + margin times the box's, half of it on each side. The result is whole pixels, rounded outwards, at least MIN_EDGE
+    an edge where the image has that many, clipped at the image's border: no pixel is invented."""
+    if not overlaps(box, size):
+        return None
+    near, far = zip(*(_chip_edge(box[axis], box[axis + 2], size[axis], margin) for axis in (0, 1)), strict=True)
+    return near + far
+
+
+def overlaps(box, size):
+    """Whether any part of `box` lies in an image of `size`."""
+    return all(box[axis] < size[axis] and (box[axis + 2] > 0 or box[axis] == 0) for axis in (0, 1))
+
+
+def _chip_edge(near, far, length, margin):
+    pad = (far - near) * margin / 2
+    near, far = max(math.floor(near - pad), 0), min(math.ceil(far + pad), length)
+    if far - near < MIN_EDGE:
+        near = min(max((near + far - MIN_EDGE) // 2, 0), max(length - MIN_EDGE, 0))
+        far = min(near + MIN_EDGE, length)
+    return near, far
+
+
+def square_box(box, size, margin):
+    """Like `chip_box`, but a square with side (1 + margin) times the longer edge, around the same centre.
+
+    Where it sticks out it is shifted into the image, and clipped where the image is smaller than it is."""
+    if not overlaps(box, size):
+        return None
+    side = max(round((1 + margin) * max(box[2] - box[0], box[3] - box[1])), MIN_EDGE)
+    near, far = [], []
+    for axis in (0, 1):
+        start = round((box[axis] + box[axis + 2] - side) / 2)
+        near.append(max(min(start, size[axis] - side), 0))
+        far.append(min(near[axis] + side, size[axis]))
+    return (*near, *far)
+
+
+# ---- DOTA ------------------------------------------------------------------------------------------------------------
+
+
+def read_dota(paths, margin):
+    """DOTA v1.0: the released chips, or one or two folders (train, val) with `images/` and `labelTxt/`."""
+    released = read_released(paths, DOTA, "DOTA", "DOTA")
+    if released:
+        return released
+    if len(paths) > 2:
+        raise UserError(f"dota: expected the train folder and the val folder, found {len(paths)} sources")
+    skipped, parts = [], []
+    for folder in existing_folders(paths):
+        parts.append(_read_dota_folder(folder, margin, skipped))
+    return Source(DOTA["classes"], parts[0], parts[1] if len(parts) == 2 else None, DOTA, _skipped_note(skipped))
+
+
+def _read_dota_folder(folder, margin, skipped):
+    """[(Chip, label)] of every object in one folder. Adds the places of objects outside their image to `skipped`."""
+    images = {}
+    for pattern in ("images", "images/images", "images/part*", "images/part*/images", "part*/images", "part*"):
+        for place in sorted(folder.glob(pattern)):
+            for name in image_files(place) if place.is_dir() else ():
+                if images.setdefault(Path(name).stem, place / name) != place / name:
+                    raise UserError(f"{place / name}: also found as {images[Path(name).stem]}; expected one of them")
+    places = [folder / name for name in ("labelTxt", "labelTxt-v1.0/labelTxt", "labelTxt-v1.0", "labelTxt/labelTxt")]
+    files = next((files for place in places if (files := _label_files(place))), {})
+    if not images or not files:
+        missing = "label files in labelTxt/" if images else "images in images/"
+        raise UserError(f"{folder}: no {missing}; expected a folder of DOTA v1.0 with images/ and labelTxt/, or the "
+                        "released lists anno/DOTA/DOTA_train.txt")
+    for stem in sorted(images.keys() ^ files.keys()):
+        raise UserError(f"{images[stem]}: no label file {stem}.txt in {next(iter(files.values())).parent}"
+                        if stem in images else f"{files[stem]}: no image {stem}.png in {folder / 'images'}")
+    samples = []
+    for stem, image in sorted(images.items()):
+        size = image_size(image)
+        for number, (box, label, where) in enumerate(read_label_file(files[stem])):
+            box = chip_box(box, size, margin)
+            if box is None:
+                skipped.append(where)
+            else:
+                name = f"{DOTA['classes'][label]}/{_file_name(stem)}_{number}.png"
+                samples.append((Chip(str(image), box, name), label))
+    return samples
+
+
+def _label_files(folder):
+    return {path.stem: path for path in folder.glob("*.txt") if not path.name.startswith(".")}
+
+
+def read_label_file(path):
+    """A DOTA label file as [(horizontal box of the four points, label, "file:line")].
+
+    Lines are `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`, difficult optional; difficult objects count like others.
+    Header lines (`imagesource:...`, `gsd:...`) and blank ones are skipped. Raises UserError naming any other line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    objects = []
+    for number, line in enumerate(lines, 1):
+        fields, where = line.split(), f"{path}:{number}"
+        if not fields or fields[0].partition(":")[0].lower() in ("imagesource", "gsd"):
+            continue
+        try:
+            values = [float(value) for value in fields[:8]]
+        except ValueError:
+            values = []
+        if len(fields) not in (9, 10) or len(values) != 8 or not all(map(math.isfinite, values)):
+            raise UserError(f"{where}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult', found {line[:80]!r}")
+        if fields[8] not in DOTA["classes"]:
+            raise UserError(f"{where}: class {fields[8][:40]!r} is none of the 15 of DOTA v1.0; use the labels of v1.0 "
+                            "(labelTxt-v1.0), or remove the line")
+        xs, ys = values[0::2], values[1::2]
+        objects.append(((min(xs), min(ys), max(xs), max(ys)), DOTA["classes"].index(fields[8]), where))
+    return objects
+
+
+# ---- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def read_coco(paths, margin, images=None):
+    """COCO annotation files: train, and test where there are two. images: the folder of the images, None to look for
+    them. Classes are in ascending category id; crowd annotations are skipped."""
+    if len(paths) > 2:
+        raise UserError(f"coco: expected TRAIN.json and perhaps TEST.json, found {len(paths)} sources")
+    skipped, crowds, parts, categories = [], 0, [], None
+    for path in map(Path, paths):
+        content = read_json(path)
+        if not isinstance(content, dict) or not all(
+                isinstance(content.get(key), list) and all(isinstance(entry, dict) for entry in content[key])
+                for key in ("images", "annotations", "categories")):
+            raise UserError(f"{path}: not a COCO annotation file; expected lists of images, annotations and categories")
+        found = _categories(content, path)
+        if categories not in (None, found):
+            raise UserError(f"{path}: categories differ from those of {paths[0]}; expected the same ids and names")
+        categories = found
+        samples, crowds_here = _read_coco_file(content, path, categories, margin, images, skipped)
+        parts.append(samples)
+        crowds += crowds_here
+    notes = _skipped_note(skipped) + ([f"crowd annotations skipped: {crowds}"] if crowds else [])
+    return Source(list(categories.values()), parts[0], parts[1] if len(parts) == 2 else None, notes=notes)
+
+
+def _categories(content, path):
+    """{category id: name}, ascending."""
+    entries = [(entry.get("id"), entry.get("name")) for entry in content["categories"]]
+    if not entries or not all(type(number) is int and isinstance(name, str) and name for number, name in entries):
+        raise UserError(f"{path}: expected every category to have an id (whole number) and a name")
+    categories = dict(sorted(entries))
+    if len(categories) < len(entries) or len(set(categories.values())) < len(entries):
+        raise UserError(f"{path}: two categories have the same id or the same name")
+    return categories
+
+
+def _read_coco_file(content, path, categories, margin, images, skipped):
+    """([(Chip, label)], number of crowd annotations) of one annotation file."""
+    image_of = {str(entry.get("id")): entry for entry in content["images"]}
+    if len(image_of) < len(content["images"]):
+        raise UserError(f"{path}: two images have the same id")
+    label_of = {category: label for label, category in enumerate(categories)}
+    places, located, samples, crowds = _image_places(path, images), {}, [], 0
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"{path}: annotation {annotation.get('id', f'number {number}')}"
+        if annotation.get("iscrowd"):
+            crowds += 1
+            continue
+        image_id, category = str(annotation.get("image_id")), annotation.get("category_id")
+        if image_id not in image_of or type(category) is not int or category not in label_of:
+            raise UserError(f"{where}: image_id {image_id} or category_id {category} is not in the file's lists")
+        if image_id not in located:
+            located[image_id] = _locate(image_of[image_id], places, path)
+        image, size = located[image_id]
+        box = square_box(_corners(annotation.get("bbox"), where), size, margin)
+        if box is None:
+            skipped.append(where)
+            continue
+        name = f"{_file_name(categories[category])}/{_file_name(image.stem)}_{number}.png"
+        samples.append((Chip(str(image), box, name), label_of[category]))
+    return samples, crowds
+
+
+def _corners(bbox, where):
+    """COCO's (x, y, width, height) as (left, top, right, bottom)."""
+    numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(v) in (int, float) for v in bbox)
+    if not numbers or not all(map(math.isfinite, bbox)) or min(bbox[2:]) < 0:
+        raise UserError(f"{where}: bbox {str(bbox)[:60]} is not [x, y, width, height]")
+    x, y, width, height = bbox
+    return x, y, x + width, y + height
+
+
+def _image_places(path, images):
+    """The folders where the images of an annotation file may lie, likeliest first."""
+    if images is not None:
+        return existing_folders([images])
+    parent = path.resolve().parent
+    siblings = sorted((place for place in parent.parent.iterdir() if place.is_dir() and place != parent),
+                      key=lambda place: (place.name not in path.stem, place.name))
+    return [parent, parent / "images", *siblings]
+
+
+def _locate(entry, places, path):
+    """(path, (width, height)) of an image of a COCO file, whose stated size must be the true one."""
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: image {entry.get('id')} has no file_name")
+    image = next((place / name for place in places if (place / name).is_file()), None)
+    if image is None:
+        raise UserError(f"{path}: image {name} is not beside the file, in images/ or in a neighbouring folder; give "
+                        "--images DIR")
+    size = image_size(image)
+    stated = entry.get("width", size[0]), entry.get("height", size[1])
+    if stated != size:
+        raise UserError(f"{image}: is {size[0]} x {size[1]} pixels, but {path} says {stated[0]} x {stated[1]}: its "
+                        "boxes belong to another version of the image")
+    return image, size
+
+
+# ---- cutting ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _large_images():
+    """Lift Pillow's limit on pixels to MAX_SOURCE_PIXELS for a while."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_SOURCE_PIXELS
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def image_size(path):
+    """(width, height), read from the header. Raises UserError for what is no image."""
+    with _large_images():
+        try:
+            with Image.open(path) as image:
+                return image.size
+        # A damaged header can make a decoder raise anything; whatever it is, this image is the one to name.
+        except Exception as error:
+            raise UserError(f"{path}: {unreadable(error)}") from None
+
+
+def cut_chips(chips, folder, processes):
+    """Write grey PNGs. chips: [(relative path in `folder`, Chip)]. Raises UserError naming the image or chip."""
+    chips_of = {}
+    for path, chip in chips:
+        chips_of.setdefault(chip.image, []).append((os.path.join(folder, path), chip.box))
+    for place in {os.path.dirname(target) for cuts in chips_of.values() for target, _ in cuts}:
+        os.makedirs(place, exist_ok=True)
+    with tqdm(total=len(chips), desc="cutting chips", unit="chip", disable=None) as bar:
+        for reason, count in in_processes(_cut_image, list(chips_of.items()), processes):
+            if reason:
+                raise UserError(reason)
+            bar.update(count)
+
+
+def _cut_image(job):
+    """Cut all chips of one image. Returns (None, their number), or (what went wrong, 0)."""
+    path, cuts = job
+    with _large_images():
+        try:
+            grey = decode_grey(path)
+        except Exception as error:
+            return f"{path}: {unreadable(error)}", 0
+    for target, box in cuts:
+        try:
+            grey.crop(box).save(target)
+        except OSError as error:
+            return f"{target}: could not be written ({error.strerror or error})", 0
+    return None, len(cuts)
+
+
+def _file_name(text):
+    """`text` as a plain name of a file: no separators, no spaces, not hidden."""
+    return re.sub(r"[^\w.-]+", "_", text)[:80].strip(".") or "_"
+
+
+def _skipped_note(skipped):
+    if not skipped:
+        return []
+    return [f"objects skipped because they lie wholly outside their image: {len(skipped)}, the first at {skipped[0]}"]

@@ -1,0 +1,204 @@
+"""Images that lie on disk one file an object: the authors' released lists, folders named by class id, class folders.
+
+Every reader returns a `Source`. Images are not copied; each is named by its real path, links followed."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.runtime import UserError
+from dataset import GROUPS, read_list
+from recognition.published import FGSC23
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".ppm", ".pgm")
+
+
+@dataclass
+class Source:
+    """What a reader found.
+
+    classes: names in id order. train, test: [(item, label)]; an item is the path of an image, or a `chips.Chip` still
+    to be cut; test is None where there is one part, to be divided. published: an entry of published.py, or None.
+    notes: sentences for the user."""
+
+    classes: list
+    train: list
+    test: list | None
+    published: dict | None = None
+    notes: list = field(default_factory=list)
+
+
+def existing_folders(paths):
+    """`paths` as [Path]. Raises UserError for one that is no folder."""
+    for path in paths:
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such folder")
+    return [Path(path) for path in paths]
+
+
+def subfolders(folder):
+    """The folders in `folder`, hidden ones left out, in no order."""
+    return [path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def image_files(folder):
+    """Names of the image files directly in `folder`, by suffix, hidden ones left out, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)
+                      and not entry.name.startswith(".") and entry.is_file())
+
+
+def _images_of_class(folder, label):
+    return [(os.path.realpath(folder / name), label) for name in image_files(folder)]
+
+
+# ---- released layout -------------------------------------------------------------------------------------------------
+
+
+def find_released_lists(sources, published, prefix, folder):
+    """{"train": [lists], "test": [lists]} of the authors' layout, or None where no source holds such a list.
+
+    prefix, folder: `FG`, `FGSC` or `DOTA`, `DOTA`. The undivided list is preferred to the three of head, middle and
+    tail. Raises UserError where only some of the three are there, or one split has none."""
+    places = [source / place for source in sources for place in (f"anno/{folder}", "anno", folder, ".")]
+    found = {}
+    for split in ("train", "test"):
+        names = [f"{prefix}_{split}{part}.txt" for part in ("", 1, 2, 3)]
+        lists = [next((place / name for place in places if (place / name).is_file()), None) for name in names]
+        found[split] = lists[:1] if lists[0] else lists[1:]
+    if not any(any(lists) for lists in found.values()):
+        return None
+    for split, lists in found.items():
+        if None in lists:
+            raise UserError(f"{sources[0]}: {published['name']} needs {prefix}_{split}.txt, or all three of "
+                            f"{prefix}_{split}1.txt, 2 and 3, in anno/{folder}/")
+    return found
+
+
+def read_released(sources, published, prefix, folder):
+    """The authors' layout: lists of `name.jpg label` and images in undivided or numbered folders (1, 2, 3 = head,
+    middle, tail; 4 = all). Lists and images may lie in different sources. None where there are no such lists."""
+    sources = existing_folders(sources)
+    lists = find_released_lists(sources, published, prefix, folder)
+    if lists is None:
+        return None
+    parts = {}
+    for split, files in lists.items():
+        bases = [source / place for source in sources
+                 for place in (f"{folder}/{split}", f"{folder}/{folder}_{split}", f"{folder}_{split}", split)]
+        folder_of = {}
+        for place in [base / part for part in ("", "4", "1", "2", "3") for base in bases]:
+            for name in image_files(place) if place.is_dir() else ():
+                folder_of.setdefault(name, place)
+        parts[split] = []
+        for sample in (sample for file in files for sample in read_list(file, len(published["classes"]))):
+            if sample.path not in folder_of:
+                raise UserError(f"{sample.where}: image {sample.path} is in none of the folders {folder}/{split}/, "
+                                f"{folder}/{folder}_{split}/, {split}/ (or 1, 2, 3, 4 in them) of the sources given")
+            parts[split].append((os.path.realpath(folder_of[sample.path] / sample.path), sample.label))
+    return Source(published["classes"], parts["train"], parts["test"], published)
+
+
+# ---- FGSC-23 ---------------------------------------------------------------------------------------------------------
+
+
+def read_fgsc23(sources):
+    """FGSC-23: the released layout, or `train/<id>/` and `test/<id>/`. Raises UserError for a folder that is no id."""
+    released = read_released(sources, FGSC23, "FG", "FGSC")
+    if released:
+        return released
+    parts = {}
+    for split in ("train", "test"):
+        folders = [Path(source) / split for source in sources if (Path(source) / split).is_dir()]
+        if not folders:
+            raise UserError(f"{sources[0]}: found neither lists (anno/FGSC/FG_{split}.txt) nor a folder {split}/ with "
+                            "one folder a class id")
+        parts[split] = []
+        for class_folder in sorted((path for folder in folders for path in subfolders(folder)), key=_class_id):
+            parts[split] += _images_of_class(class_folder, _class_id(class_folder))
+        if not parts[split]:
+            raise UserError(f"{folders[0]}: no images; expected folders 0 to 22, named by class id, with images")
+    return Source(FGSC23["classes"], parts["train"], parts["test"], FGSC23)
+
+
+def _class_id(folder):
+    """The class id that an FGSC-23 folder is named by."""
+    last = len(FGSC23["classes"]) - 1
+    if not (re.fullmatch("[0-9]{1,4}", folder.name) and int(folder.name) <= last):
+        raise UserError(f"{folder}: expected folders named by class id, 0 to {last}")
+    return int(folder.name)
+
+
+def published_deviations(source):
+    """One sentence for each published count that the source does not have; they are no error, only worth knowing."""
+    deviations = []
+    for split, samples in (("train", source.train), ("test", source.test)):
+        found = [0] * len(source.classes)
+        for _, label in samples:
+            found[label] += 1
+        rows = zip(source.classes, found, source.published.get(split, ()), strict=False)
+        if f"{split}_by_group" in source.published:
+            groups = source.published["groups"]
+            rows = [(f"{group} (together)", sum(found[c] for c in groups[group]),
+                     source.published[f"{split}_by_group"][group]) for group in GROUPS]
+        deviations += [f"{split}: {name}: found {count} images, published {published}"
+                       for name, count, published in rows if count != published]
+    return deviations
+
+
+# ---- class folders ---------------------------------------------------------------------------------------------------
+
+
+def natural_key(name):
+    """Sort key that puts "10" after "9"."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in re.split(r"(\d+)", name)
+            if part], name
+
+
+def class_names(folders):
+    """Folder names -> (folder names in class order, class names).
+
+    Where every folder begins with an ordering number ("07_tug", "7-tug") it orders the classes and is left out of their
+    names, unless two names would then be equal."""
+    ordered = sorted(folders, key=natural_key)
+    numbered = [re.fullmatch(r"\d+[-_. ]+(.*\D.*)", name) for name in ordered]
+    if all(numbered):
+        names = [match[1] for match in numbered]
+        if len(set(names)) == len(names):
+            return ordered, names
+    return ordered, ordered
+
+
+def read_folders(path):
+    """`train/` and `test/` with one folder a class, or one folder of class folders to divide."""
+    root, = existing_folders([path])
+    names = {folder.name for folder in subfolders(root)}
+    nested = {name for name in ("train", "test") if name in names and subfolders(root / name)}
+    notes = []
+    if len(nested) == 1:
+        here, = nested
+        missing = "test" if here == "train" else "train"
+        raise UserError(f"{root}: has class folders in {here}/ but none in {missing}/; add them, or give {root / here} "
+                        "as the source to divide it")
+    if nested and (root / "val").is_dir():
+        notes.append("val/ is not used: the validation part is held out of train/ (see --val-fraction)")
+    roots = [root / "train", root / "test"] if nested else [root]
+    folders, classes = class_names([folder.name for folder in subfolders(roots[0])])
+    if not folders:
+        raise UserError(f"{root}: no class folders here; expected one folder of images a class")
+    for other in roots[1:]:
+        unmatched = {folder.name for folder in subfolders(other)} ^ set(folders)
+        if unmatched:
+            raise UserError(f"{root}: class folder {min(unmatched)} is in only one of train/ and test/; expected both")
+    parts = []
+    for part in roots:
+        samples = []
+        for label, name in enumerate(folders):
+            images = _images_of_class(part / name, label)
+            if not images:
+                raise UserError(f"{part / name}: no images in this class folder; expected files ending in "
+                                f"{', '.join(IMAGE_SUFFIXES)}")
+            samples += images
+        parts.append(samples)
+    return Source(classes, parts[0], parts[1] if nested else None, notes=notes)

@@ -1,0 +1,195 @@
+"""How one stage trains: from settings to a run, epoch by epoch, with checkpoints from which it goes on as if never
+stopped, to the best epoch and its test. A stage script says WHAT (a `Stage` and its `Settings`)."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from common.charts import optional_picture
+from common.files import remove_partials, save_checkpoint, write_json
+from common.flags import check_output
+from common.runtime import (
+    UserError,
+    autocast,
+    rank,
+    resolve_device,
+    run_script,
+    say,
+    seed_everything,
+    start_processes,
+    sum_over_processes,
+    world_size,
+)
+from common.training import check_common_settings, run_precision, to_device, train_epochs, trained_form
+from dataset import GROUPS, fingerprint, network_input
+from recognition import report
+from recognition.distillation import imitate, sums_by_class
+from recognition.evaluation import evaluate, test, test_only
+from recognition.losses import DRW_START, classification_loss
+from recognition.run import describe_run, start_run
+from recognition.settings import identity, judged_on, parse_settings
+from recognition.stage import read_lists
+
+DROWNED = 10  # times the classification loss: a distillation term above it leaves little to the labels
+
+
+def run_stage(stage, settings, description, argv=None):
+    """The main program of a stage script: parse the flags, then train and test, or only test. Exits the process."""
+    run_script(lambda: _run(stage, *parse_settings(stage.name, settings, description, argv)))
+
+
+def _run(stage, settings, given):
+    device = resolve_device(settings.device)
+    start_processes(device)
+    seed_everything(settings.seed)
+    if settings.test_only:
+        return test_only(stage, settings, given, device)
+    return train(stage, settings, device)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(stage, settings, device):
+    """Train a stage, keep `last.pt` and `best.pt`, then test the best."""
+    folder = Path(settings.output)
+    precision, lists, mine = check_run(stage, settings, device)
+    if is_finished(settings):
+        say(f"{folder}: is finished already, see results.json there")
+        return
+    run = start_run(stage, settings, lists, device, precision)
+    run.description = describe_run(run, mine)
+    if rank() == 0:
+        remove_partials(folder)
+        if not (folder / "settings.json").exists():
+            write_json(folder / "settings.json", {
+                **mine, **{key: run.description[key] for key in ("dataset", "device", "processes", "versions")}})
+    train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
+    chosen = "last" if settings.select == "last" else "best"
+    say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
+    if rank() == 0:
+        with optional_picture(folder / "curves.png"):
+            report.draw_curves(folder)
+    test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
+         device)
+
+
+def check_run(stage, settings, device):
+    """Raise UserError for settings that cannot work, and for an --output that holds another run than theirs. Returns
+    the precision, what `read_lists` returned, and the run's `settings.identity`."""
+    check_possible(stage, settings)
+    lists, precision = read_lists(stage, settings), run_precision(settings, device)
+    mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
+    if rank() == 0:
+        check_output(settings, mine, f"lists, classes or groups than {settings.data_root} has")
+    return precision, lists, mine
+
+
+def is_finished(settings):
+    """Whether the run that is gone on with has been tested, which a stage does last."""
+    return settings.resume and (Path(settings.output) / "results.json").exists()
+
+
+def check_possible(stage, settings):
+    """Raise UserError for settings that no data could make work, before any data is read."""
+    check_common_settings(settings)
+    if settings.batch_size == world_size() and settings.image_size <= 32:
+        raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
+                        "single pixel: nothing for batch norm to average; give a larger one, or larger images")
+    if settings.sampler == "self-calibrated" and not settings.distillation:
+        raise UserError("--sampler self-calibrated: needs the distillation losses; --no-distillation leaves none; give "
+                        "--sampler class-aware")
+    if settings.sampler == "self-calibrated" and len(stage.teachers) < len(GROUPS):
+        raise UserError(f"--sampler self-calibrated: needs the losses of three teachers; {stage.name} has "
+                        f"{len(stage.teachers)}")
+    if settings.feature_cache and stage.teachers and settings.teacher_batch_norm in ("train", "own"):
+        raise UserError("--feature-cache: teachers that normalise by a batch's statistics give no image the same "
+                        "features twice; give --teacher-batch-norm recalibrated")
+
+
+def train_step(run, trained, indices):
+    """One step of a stage on training images. Returns the names of the loss terms and their values, (terms,).
+
+    trained: `run.network`, or its form for training. indices: this process's share of the batch."""
+    settings, device = run.settings, run.device
+    if settings.train == "classifier":
+        trained.eval()  # frozen is frozen: batch norm too
+    images, labels = run.data.train.__getitems__(indices)
+    # Drawn for the whole batch and then cut, so that the number of processes does not change what is flipped.
+    flip = torch.rand(settings.batch_size, generator=run.flips)[rank()::world_size()] < 0.5
+    targets = run.features.read(indices, flip) if run.features else {}
+    groups = run.group_of_class[labels]
+    images, labels, flip, *known = to_device((images, labels, flip, *targets.values()), device)
+    run.optimizer.param_groups[0]["lr"] = learning_rate(settings, run.epoch + 1, run.step, len(run.sampler))
+    losses = step_losses(run, trained, network_input(images, flip), labels, groups,
+                         dict(zip(targets, known, strict=True)))
+    terms = torch.stack([loss.mean() for loss in losses.values()])  # all weights are 1
+    run.optimizer.zero_grad(set_to_none=True)
+    terms.sum().backward()
+    run.optimizer.step()
+    if settings.sampler == "self-calibrated":
+        by_class = sum_over_processes(sums_by_class(losses["mse_own"], labels, len(run.group_of_class)))
+        run.sampler.update(*by_class.cpu())
+    return tuple(losses), terms.detach()
+
+
+def step_losses(run, trained, images, labels, groups, targets=None):
+    """The losses of a batch by name, (B,) each: cross-entropy and those towards the teachers.
+
+    images: (B, 1, H, W) float. labels: (B,) class ids. groups: (B,) on the CPU, 0 head, 1 middle, 2 tail. targets: the
+    teachers' features by name, where they are known; else the teachers are asked."""
+    with autocast(run.device, run.precision):
+        logits, features = trained(images)  # (B, classes), (B, 1024, H/16, W/16)
+        reweighted = run.epoch >= DRW_START * run.settings.epochs
+        losses = {loss_term(run.settings): classification_loss(run.settings.loss, logits, labels, run.class_counts,
+                                                               reweighted)}
+        if run.teachers:
+            whole_batch = run.settings.teacher_batch_norm == "train"
+            losses.update(imitate(features, targets or run.stage.targets(run.teachers, images, groups, whole_batch)))
+    return losses
+
+
+def loss_term(settings):
+    """The name of the classification loss in logs."""
+    return settings.loss.replace("-", "_")
+
+
+def learning_rate(settings, epoch, step, steps_per_epoch):
+    """The learning rate of a step. epoch counts from 1, step (in the epoch) from 0.
+
+    `steps`: lr / 10 for each of lr_steps that has begun. `one-cycle`: a cosine from lr / 25 up to lr over the first 30
+    per cent of all steps, then a cosine down to lr / 25e4 (Smith and Topin, Super-Convergence, 2019)."""
+    if settings.schedule == "steps":
+        return settings.lr * 0.1 ** sum(epoch >= start for start in settings.lr_steps)
+    done = ((epoch - 1) * steps_per_epoch + step) / max(settings.epochs * steps_per_epoch - 1, 1)  # 0..1
+    low, start, end = settings.lr / 25, 0.3, settings.lr / 25e4
+    if done < start:
+        return low + (settings.lr - low) * (1 - math.cos(math.pi * done / start)) / 2
+    return end + (settings.lr - end) * (1 + math.cos(math.pi * (done - start) / (1 - start))) / 2
+
+
+def finish_epoch(run, record):
+    """Choose the best epoch so far. Adds the accuracy to the epoch's record, and prints it."""
+    folder, select = Path(run.settings.output), run.settings.select
+    network = run.answering_network()
+    confusion = evaluate(network, run.data.select, len(run.data.info.classes), run.device, run.precision)
+    accuracy = record[f"{judged_on(run.settings)}_accuracy"] = confusion.diag().sum().item() / confusion.sum().item()
+    run.description.update(epoch=run.epoch, accuracy=accuracy)
+    # Of equal epochs the later one: it has seen more, at a lower learning rate.
+    if accuracy >= run.best_accuracy or select == "last":
+        run.best_accuracy, run.best_epoch = accuracy, run.epoch
+        save_checkpoint(folder / "best.pt", {"model": network.state_dict(), "description": run.description})
+    report.log_epoch(record, run)
+    warn_of_drowned_labels(run, record)
+
+
+def warn_of_drowned_labels(run, record):
+    """Print one line, once a run, when a distillation term is far above the classification loss over an epoch."""
+    labels = record[loss_term(run.settings)]
+    for name, value in record.items():
+        if name.startswith("mse_") and value > DROWNED * labels and not run.warned:
+            run.warned = True
+            say(f"note: {name} is {value / max(labels, 1e-6):.0f} times the classification loss, so this stage learns "
+                "to imitate and hardly from the labels; usual reasons: teachers that normalise by other statistics "
+                "than this network (give --teacher-batch-norm train), or that started from another --init than it")

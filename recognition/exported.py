@@ -1,0 +1,147 @@
+"""What export.py writes, read back: an ONNX file or a torch.export program as a function from images to logits, and
+its description.
+
+To read a file must not run code, whoever sent it. An ONNX file holds none. `torch.export.load` does run what a
+program brings (pickles, compiled libraries, expressions that are evaluated), so torch is given a copy of those parts
+alone that a program of this project has, after a look at each."""
+
+import importlib.util
+import io
+import json
+import logging
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common.files import unpacked_size
+from common.runtime import UserError
+from resnet50 import is_description
+
+SUFFIXES = (".onnx", ".pt2")
+METADATA = "description.json"  # a program's file of that name; the key of an ONNX file's metadata
+
+
+def read_exported(path, suffix=None):
+    """(function from images (B, 1, S, S) uint8 to logits (B, classes) fp32, on the CPU; description) of a file.
+
+    suffix: which of SUFFIXES it is, where its name does not say so. Raises UserError for anything that export.py does
+    not write."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    read = {".onnx": _read_onnx, ".pt2": _read_program}[suffix or path.suffix.lower()]
+    try:
+        logits_of, description = read(path)
+        _check_that_it_works(logits_of, description)
+    except UserError:
+        raise
+    # Damage can surface as any exception at all, here or in the libraries.
+    except Exception as error:
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: truncated, damaged, or not a file that export.py wrote ({reason})") from None
+    return logits_of, description
+
+
+def _check_that_it_works(logits_of, description):
+    """Raise an exception unless two grey squares give two rows of logits, as long as there are class names."""
+    if not is_description(description):
+        raise ValueError("its description is not one of this project")
+    size, classes = description["preprocessing"]["image_size"], description["classes"]
+    if logits_of(torch.zeros(2, 1, size, size, dtype=torch.uint8)).shape != (2, len(classes)):
+        raise ValueError("its logits do not fit its class names")
+
+
+def require_packages(*names):
+    """Raise UserError for the first package that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"the package {name} is not installed; pip install -r requirements-export.txt")
+
+
+def require_torch():
+    """Raise UserError for a torch that cannot write a program without pickles in it."""
+    if torch.__version__ < (2, 9):
+        raise UserError(f"this is torch {torch.__version__}, and exported programs need torch 2.9 or later; "
+                        "pip install --upgrade torch torchvision")
+
+
+# ---- ONNX ----------------------------------------------------------------------------------------------------------
+
+
+def _read_onnx(path):
+    require_packages("onnxruntime")
+    import onnxruntime  # an optional package
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # else it prints its own report of a damaged file
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    description = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+
+    def logits_of(images):
+        return torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
+
+    return logits_of, description
+
+
+# ---- torch.export --------------------------------------------------------------------------------------------------
+
+# The files of a program's archive: weights are plain bytes, the rest is JSON, but for the example inputs, a pickle.
+RECORDS = re.compile(r"archive/(archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
+                     r"models/model\.json|data/weights/(model_weights_config\.json|weight_\d+)|"
+                     r"data/constants/model_constants_config\.json|data/sample_inputs/model\.pt)")
+# What a ResNet-50 is made of. Any other name would be looked up in the whole of torch, and called.
+OPERATORS = {f"torch.ops.aten.{name}" for name in (
+    "_assert_tensor_metadata.default", "to.dtype", "div_.Tensor", "sub_.Tensor", "conv2d.default", "relu_.default",
+    "max_pool2d.default", "add_.Tensor", "adaptive_avg_pool2d.default", "flatten.using_ints", "linear.default")}
+# Some of a program's strings are evaluated as Python. All of ours are names and numbers, the symbol of the batch's
+# size, or JSON that says how the arguments are nested; none can call anything.
+STRINGS = re.compile(r"""[\w.+]*|Symbol\('s\d+'(, \w+=True)*\)|"""
+                     r"""([][{}:, \d]|null|"(type|context|children_spec|null|\[]|builtins\.(tuple|dict))")+""")
+
+
+def _read_program(path):
+    require_torch()
+    if unpacked_size(path) > path.stat().st_size:
+        raise ValueError("it is compressed, and larger inside than outside")
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    description = json.loads(records.pop(f"archive/extra/{METADATA}"))
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w") as archive:
+        for name, content in records.items():
+            if not RECORDS.fullmatch(name):
+                raise ValueError(f"it holds {name[:80]!r}")
+            if name.endswith(".json"):
+                _check_harmless(json.loads(content.decode()))
+            archive.writestr(name, b"" if "/sample_inputs/" in name else content)  # the program runs without them
+    copy.seek(0)
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback and then raises
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some releases warn of the buffers that they read themselves
+        program = torch.export.load(copy).module()
+
+    @torch.inference_mode()
+    def logits_of(images):
+        return program(images.cpu())
+
+    return logits_of, description
+
+
+def _check_harmless(value):
+    """Raise ValueError for a part of a program's JSON that could make `torch.export.load`, or the program, run what
+    is no operator of a network."""
+    if isinstance(value, dict):
+        if value.get("use_pickle"):
+            raise ValueError("it holds a pickle")
+        if "target" in value and value["target"] not in OPERATORS:
+            raise ValueError(f"it calls {str(value['target'])[:80]}")
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            _check_harmless(part)
+    elif isinstance(value, str) and not STRINGS.fullmatch(value):
+        raise ValueError(f"it holds {value[:80]!r}")

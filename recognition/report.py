@@ -1,0 +1,271 @@
+"""What people read: accuracies by class and group, `results.json`, the authors' text form, tables and pictures."""
+
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from common.charts import as_label, new_figure, save_figure
+from common.files import atomic_path, read_json_lines, write_json
+from common.runtime import say
+from dataset import GROUPS
+from recognition.settings import judged_on
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
+ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, rivals, student
+READABLE_CLASSES = 120  # of a confusion matrix with its counts; more of them are drawn in colours alone
+SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
+
+
+def accuracies(confusion, info, classes, train_counts):
+    """Accuracies, as fractions, from a confusion matrix.
+
+    confusion: (C, C) int, [true, predicted]. classes: the ids that were tested. train_counts: (C,) training images.
+    `overall`, `head`, `middle` and `tail` weigh every image alike, `head_class_mean` and its like every class; a group
+    without a tested image is None. `mean_per_class` is over the classes that have a test image."""
+    group_of_class = info.group_of_class().tolist()
+    correct, images = confusion.diag().tolist(), confusion.sum(1).tolist()
+    per_class = [{"id": c, "name": info.classes[c], "group": GROUPS[group_of_class[c]], "train": int(train_counts[c]),
+                  "test": images[c], "accuracy": correct[c] / images[c] if images[c] else None} for c in classes]
+
+    def by_image(ids):
+        total = sum(images[c] for c in ids)
+        return sum(correct[c] for c in ids) / total if total else None
+
+    def by_class(rows):
+        values = [row["accuracy"] for row in rows if row["accuracy"] is not None]
+        return mean(values) if values else None
+
+    in_group = {group: [row for row in per_class if row["group"] == group] for group in GROUPS}
+    return {
+        "images": sum(images[c] for c in classes), "overall": by_image(classes),
+        **{group: by_image([row["id"] for row in rows]) for group, rows in in_group.items()},
+        **{f"{group}_class_mean": by_class(rows) for group, rows in in_group.items()},
+        "mean_per_class": by_class(per_class), "per_class": per_class,
+    }
+
+
+def percent(fraction, width=6):
+    """0.8873 -> ' 88.73'; None -> '     -'."""
+    return f"{'-' if fraction is None else format(100 * fraction, '.2f'):>{width}}"
+
+
+def results_table(results):
+    """The table of one test as text: a line a class, then the summary."""
+    width = max(len(row["name"]) for row in results["per_class"])
+    lines = [f"{'id':>3} {'class':<{width}} {'group':<6} {'train':>6} {'test':>6} {'accuracy':>8}"]
+    lines += [f"{row['id']:>3} {row['name']:<{width}} {row['group']:<6} {row['train']:>6} {row['test']:>6} "
+              f"{percent(row['accuracy'], 8)}" for row in results["per_class"]]
+    lines.append("by image:   " + "   ".join(
+        f"{name} {percent(results[name]).strip()}" for name in ("overall", *GROUPS)))
+    lines.append("class mean: " + "   ".join(
+        f"{name} {percent(results[key]).strip()}"
+        for name, key in [("all", "mean_per_class"), *((group, f"{group}_class_mean") for group in GROUPS)]))
+    lines.append(f"{results['images']} test images; {how_chosen(results)}; {results['parameters'] / 1e6:.2f} M "
+                 f"parameters, {results['flops'] / 1e9:.2f} GFLOP and {results['ms_per_image']} ms an image at "
+                 f"{results['image_size']}x{results['image_size']} ({results['precision']}, batches of "
+                 f"{results['ms_per_image_batch']}, {results['device']})")
+    return "\n".join(lines)
+
+
+def how_chosen(results):
+    """How the epoch that was tested was chosen, human-readable."""
+    return {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
+            "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
+        results["selected_on"], "epoch chosen in a way this file does not tell")
+
+
+def authors_text(results):
+    """The result file as the authors' code writes it: `id:accuracy` lines, then the averages over images."""
+    lines = [f"{row['id']}:{0.0 if row['accuracy'] is None else row['accuracy']}" for row in results["per_class"]]
+    lines += [f"average_acc:{results['overall']}"]
+    lines += [f"{group}_ave:{results[group]}" for group in GROUPS if results[group] is not None]
+    return "\n".join([*lines, f"test_image_all:{results['images']}"]) + "\n"
+
+
+def write_results(folder, results):
+    """Print the table and write results.json and results.txt (the authors' form) into `folder`."""
+    print(results_table(results), flush=True)
+    with atomic_path(folder / "results.txt") as temporary:
+        temporary.write_text(authors_text(results), encoding="utf-8")
+    write_json(folder / "results.json", results)
+    print(f"written: {folder / 'results.json'}, results.txt", flush=True)
+
+
+def log_epoch(record, run):
+    """Print the one line of an epoch."""
+    settings = run.settings
+    split = judged_on(settings)
+    chosen_on = f"{split}_accuracy"
+    fixed = ("epoch", "lr", "loss", "seconds", "images_per_second", chosen_on)
+    terms = "".join(f"  {name} {value:.4f}" for name, value in record.items() if name not in fixed)
+    say(f"epoch {record['epoch']:>3}/{settings.epochs}  lr {record['lr']:.1e}  loss {record['loss']:.4f}{terms}  "
+        f"{split} {record[chosen_on]:.4f} (kept {run.best_accuracy:.4f} at {run.best_epoch})  "
+        f"{record['images_per_second']:.0f} images/s")
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def comparison(runs):
+    """Mean and standard deviation of the summary accuracies.
+
+    runs: {row name: [results of one seed, ...]}. Returns {row name: {measure: (mean, deviation, values)}}."""
+    table = {}
+    for name, seeds in runs.items():
+        table[name] = {}
+        for measure in SUMMARY:
+            values = [results[measure] for results in seeds]
+            if None not in values:
+                table[name][measure] = (mean(values), deviation(values), values)
+    return table
+
+
+def deviation(values):
+    """The standard deviation of a sample (n - 1), 0 of a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def paired_differences(row, other):
+    """Two rows of a `comparison` seed by seed: {measure: (mean, deviation, values)} of `row` minus `other`. What the
+    seeds have in common, such as the baseline that both start from, drops out of the deviation."""
+    differences = {}
+    for measure in row:
+        if measure in other:
+            values = [a - b for a, b in zip(row[measure][2], other[measure][2], strict=True)]
+            differences[measure] = (mean(values), deviation(values), values)
+    return differences
+
+
+def paired_line(differences, seeds):
+    """The differences by class mean, overall and tail as text, in per cent: "class mean +1.3 ± 0.4, ..."."""
+    columns = [("class mean", "mean_per_class"), ("overall", "overall"), ("tail", "tail")]
+    return ", ".join(f"{title} {100 * differences[measure][0]:+.1f}"
+                     + (f" ± {100 * differences[measure][1]:.1f}" if seeds > 1 else "")
+                     for title, measure in columns if measure in differences)
+
+
+def comparison_table(table, seeds):
+    """The comparison as text, in per cent; with several seeds as mean ± standard deviation.
+
+    overall, head, middle and tail are averages over images, as in the paper; the last two over classes."""
+    columns = [(name, name) for name in ("overall", *GROUPS)]
+    columns += [("class mean", "mean_per_class"), ("tail cl. mean", "tail_class_mean")]
+    width = max(len(name) for name in table)
+    cell = 15
+    lines = [" " * width + "".join(f"{title:>{cell}}" for title, _ in columns)]
+    for name, row in table.items():
+        cells = []
+        for _, measure in columns:
+            if measure not in row:
+                cells.append("-")
+            elif seeds == 1:
+                cells.append(f"{100 * row[measure][0]:.1f}")
+            else:
+                cells.append(f"{100 * row[measure][0]:.1f} ± {100 * row[measure][1]:.1f}")
+        lines.append(f"{name:<{width}}" + "".join(f"{text:>{cell}}" for text in cells))
+    return "\n".join(lines)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw_class_counts(info, counts, path):
+    """Training images of each class, the most first, in the colours of head, middle and tail.
+
+    counts: {"train": (C,), "val": (C,)}, which are added up."""
+    totals = [int(train + val) for train, val in zip(counts["train"], counts["val"], strict=True)]
+    order = sorted(range(len(totals)), key=lambda c: -totals[c])
+    group_of_class = info.group_of_class().tolist()
+    figure = new_figure(max(6.0, 0.36 * len(order) + 2), 4)
+    axes = figure.add_subplot()
+    for number, group in enumerate(GROUPS):
+        at = [x for x, c in enumerate(order) if group_of_class[c] == number]
+        heights = [totals[order[x]] for x in at]
+        axes.bar(at, heights, color=GROUP_COLOURS[group], label=f"{group}: {len(at)} classes, {sum(heights)} images")
+    axes.set_xticks(range(len(order)), [as_label(info.classes[c]) for c in order], rotation=60, ha="right", fontsize=7)
+    if max(totals) > 100 * max(min(totals), 1):
+        axes.set_yscale("log")
+    axes.set_ylabel("training images")
+    axes.set_title(as_label(info.name), fontsize=9)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_confusion(results, path):
+    """The confusion matrix as a picture: rows are true classes, each scaled to sum 1, named in their group's colour."""
+    ids = [row["id"] for row in results["per_class"]]
+    side = min(max(5.0, 0.32 * len(ids) + 2.5), 40)
+    figure = new_figure(side, side)
+    axes = figure.add_subplot()
+    rows = [[results["confusion"][true][predicted] for predicted in ids] for true in ids]
+    totals = [max(row["test"], 1) for row in results["per_class"]]
+    shares = [[count / total for count in row] for row, total in zip(rows, totals, strict=True)]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for y, row in enumerate(rows if len(rows) <= READABLE_CLASSES else []):
+        for x, count in enumerate(row):
+            if count:
+                axes.text(x, y, str(count), ha="center", va="center", fontsize=6,
+                          color="white" if shares[y][x] > 0.5 else "black")
+    names = [as_label(row["name"]) for row in results["per_class"]]
+    counted = [f"{as_label(row['name'])} ({row['train']})" for row in results["per_class"]]
+    size = min(7, 2000 / len(ids))  # points
+    axes.set_xticks(range(len(ids)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(ids)), counted, fontsize=size)
+    for label, row in zip(axes.get_yticklabels(), results["per_class"], strict=True):
+        label.set_color(GROUP_COLOURS[row["group"]])
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true class (training images)")
+    overall = percent(results["overall"]).strip()
+    axes.set_title(f"{as_label(results['dataset'])}, {results['stage']}: overall {overall} %", fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_curves(folder):
+    """curves.png from log.jsonl, if it is there: loss terms, and the accuracy that the best epoch was chosen by."""
+    records = read_json_lines(Path(folder) / "log.jsonl")
+    if not records:
+        return
+    epochs = [record.get("epoch", math.nan) for record in records]
+    figure = new_figure(9, 3.6)
+    losses, accuracy = figure.subplots(1, 2)
+    for name in records[0]:
+        if name in ("loss", "cross_entropy", "balanced_softmax", "ldam_drw") or name.startswith("mse_"):
+            losses.plot(epochs, [record.get(name, math.nan) for record in records], label=name)
+        elif name.endswith("_accuracy"):
+            accuracy.plot(epochs, [100 * record.get(name, math.nan) for record in records], label=name)
+    losses.set_yscale("log")
+    losses.set_ylabel("mean over the epoch")
+    accuracy.set_ylabel("per cent")
+    for axes in (losses, accuracy):
+        axes.set_xlabel("epoch")
+        axes.legend(fontsize=8)
+    save_figure(figure, Path(folder) / "curves.png")
+
+
+def draw_comparison(runs, path):
+    """Accuracy of every class in every row of `runs`, the classes with most training images first.
+
+    runs: {row name: [results of one seed, ...]}, at most as many as ROW_COLOURS; the bars are means over seeds."""
+    rows = sorted(next(iter(runs.values()))[0]["per_class"], key=lambda row: -row["train"])
+    figure = new_figure(max(7.0, 0.42 * len(rows) + 2), 5.5)
+    axes = figure.add_subplot()
+    width = 0.8 / len(runs)
+    colours = (*ROW_COLOURS[:len(runs) - 1], ROW_COLOURS[-1])
+    for number, (name, seeds) in enumerate(runs.items()):
+        values = []
+        for row in rows:
+            found = [other["accuracy"] for results in seeds for other in results["per_class"]
+                     if other["id"] == row["id"] and other["accuracy"] is not None]
+            values.append(100 * mean(found) if found else math.nan)
+        axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name,
+                 color=colours[number])
+    axes.set_xticks(range(len(rows)), [f"{as_label(row['name'])} ({row['train']})" for row in rows], rotation=60,
+                    ha="right", fontsize=7)
+    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
+        label.set_color(GROUP_COLOURS[row["group"]])
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("accuracy, per cent")
+    axes.set_xlabel("class (training images): " + ", ".join(GROUPS))
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,88 @@
+"""Errors, files, devices and settings."""
+
+import os
+
+import pytest
+import torch
+
+from common.files import atomic_path, save_checkpoint
+from common.runtime import UserError, resolve_device, run_script
+from recognition import engine
+from recognition.settings import Settings, check_ranges, parse_settings
+
+
+def test_a_user_error_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("wrong:\n  two lines")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_script(main)
+    assert exit_.value.code == 2 and capsys.readouterr().err == "error: wrong: two lines\n"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+
+    def full(*arguments):
+        raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"last\.pt: could not be written"):
+        save_checkpoint(path, {"epoch": 2})
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "cuda:99", ""])
+def test_an_unknown_device_is_an_error(name):
+    with pytest.raises(UserError, match="--device"):
+        resolve_device(name)
+
+
+def test_learning_rate_steps_of_the_paper():
+    settings = Settings(lr=1e-3, lr_steps=(32, 62, 92))
+    rates = {epoch: engine.learning_rate(settings, epoch, 0, 10) for epoch in (1, 31, 32, 61, 62, 91, 92, 100)}
+    assert rates == pytest.approx({1: 1e-3, 31: 1e-3, 32: 1e-4, 61: 1e-4, 62: 1e-5, 91: 1e-5, 92: 1e-6, 100: 1e-6})
+
+
+def test_one_cycle_is_that_of_torch():
+    settings = Settings(lr=0.02, schedule="one-cycle", epochs=5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=35, cycle_momentum=False)
+    for step in range(35):
+        # torch places the peak at 0.3 * total - 1 steps, here it is at 0.3 * (total - 1): at most a step apart.
+        found = engine.learning_rate(settings, step // 7 + 1, step % 7, 7)
+        assert found == pytest.approx(reference.get_last_lr()[0], abs=0.02 * 0.11)
+        optimizer.step()
+        reference.step()
+    assert engine.learning_rate(settings, 1, 0, 7) == pytest.approx(0.02 / 25)
+    assert engine.learning_rate(settings, 5, 6, 7) == pytest.approx(0.02 / 25e4)
+
+
+def test_flags_change_the_block_and_fill_the_folder():
+    settings, given = parse_settings("t2", Settings(epochs=7), "", ["--data-root", "x/mine", "--lr-steps", "3,5"])
+    assert settings.output == "runs/mine/t2" and settings.epochs == 7 and settings.lr_steps == (3, 5)
+    assert given == {"data_root": "x/mine", "lr_steps": (3, 5)}
+
+
+def test_a_test_of_weights_has_a_folder_of_its_own():
+    flags = ["--test-only", "--weights", "runs/mine/student/best.pt", "--data-root", "x/mine"]
+    assert parse_settings("student", Settings(), "", flags)[0].output == "runs/mine/test_student_best"
+    assert parse_settings("student", Settings(), "", [*flags, "--output", "here"])[0].output == "here"
+    assert parse_settings("student", Settings(), "", flags[:1])[0].output == "runs/FGSC-23/student"
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"image_size": 16}, {"lr": -1.0},
+                                    {"lr": float("nan")}, {"calibration_momentum": 1.0}])
+def test_settings_out_of_range_are_named(change):
+    with pytest.raises(UserError, match="--" + next(iter(change)).replace("_", "-")):
+        check_ranges(Settings(**change))

@@ -1,0 +1,215 @@
+"""The drawn demo set of detection: what a scene is, boxes against pixels, determinism, the COCO files, the command."""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from common.runtime import UserError, run_script
+from demo import draw_scenes, ground, objects, scenes
+from demo.scenes import CLASSES, PLANE, SHIP, TANK, draw_scene, lay_out_scene
+from tests.support import run_program
+
+SMALL = {"seed": 3, "train": 5, "test": 3, "size": 48}
+SUN = np.array([0.5, 0.5])
+
+
+def tree(folder):
+    """Contents of all files under a folder by relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def command(monkeypatch, capsys, *words):
+    """Exit status, stdout and stderr of the program, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["draw_scenes", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        run_script(draw_scenes.main)
+    return exit_.value.code or 0, *capsys.readouterr()
+
+
+def drawn_scenes(count, size, seed=0):
+    """The first scenes of a seed, laid out, not rendered."""
+    return [lay_out_scene(np.random.default_rng([seed, 0, index]), size) for index in range(count)]
+
+
+def objects_of(scene):
+    """(placed sprite, box, label) of every object of a scene; the sprite is found by its silhouette in a full mask."""
+    found = []
+    for box, label in zip(scene.boxes, scene.labels, strict=True):
+        for placed in scene.placed:
+            sprite, left, top = placed
+            mask = Image.new("L", (scene.side, scene.side))
+            mask.paste(sprite.silhouette, (left, top))
+            rows, columns = np.nonzero(np.asarray(mask))
+            if len(rows) and (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == tuple(box):
+                found.append((placed, box, label))
+    return found
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory):
+    destination = tmp_path_factory.mktemp("demo") / "small"
+    assert draw_scenes.write_demo(destination, **SMALL)
+    return destination
+
+
+def test_a_scene_does_not_depend_on_the_order_of_drawing():
+    wanted = [("train", 1, 0), ("train", 2, 0), ("test", 1, 0), ("train", 1, 5)]
+    forward = {key: draw_scene(*key, size=48) for key in wanted}
+    backward = {key: draw_scene(*key, size=48) for key in reversed(wanted)}
+    for key in wanted:
+        assert all(np.array_equal(*pair) for pair in zip(forward[key], backward[key], strict=True))
+    assert len({picture.tobytes() for picture, _, _ in forward.values()}) == len(wanted)
+
+
+@pytest.mark.parametrize("size", [32, 100])
+def test_boxes_are_inside_the_picture_and_keep_off_each_other(size):
+    for index in range(12):
+        picture, boxes, labels = draw_scene("train", index, size=size)
+        assert picture.shape == (size, size, 3) and picture.dtype == np.uint8 and picture.std() > 4
+        assert boxes.shape == (len(labels), 4) and boxes.dtype == np.float64 and labels.dtype == np.int64
+        assert (boxes >= 0).all() and (boxes <= size).all() and (boxes[:, 2:] - boxes[:, :2] > 0.5).all()
+        for first in range(len(boxes)):
+            for second in range(first):
+                (a, b, c, d), (e, f, g, h) = boxes[first], boxes[second]
+                common = max(0, min(c, g) - max(a, e)) * max(0, min(d, h) - max(b, f))
+                assert common <= 0.05 * ((c - a) * (d - b) + (g - e) * (h - f) - common) + 1e-9
+
+
+def test_sizes_of_objects_are_those_promised(monkeypatch):
+    monkeypatch.setattr(scenes, "put_distractors", lambda scene: None)
+    longest = [max(box[2:] - box[:2]) / ground.SUPERSAMPLING for scene in drawn_scenes(20, 256) for box in scene.boxes]
+    assert 10 <= min(longest) < 20 and 80 < max(longest) <= 124
+
+
+def test_every_object_stands_on_its_own_ground():
+    grounds = {PLANE: {ground.CONCRETE}, SHIP: {ground.WATER},
+               TANK: {ground.GRAVEL, ground.CONCRETE}}
+    for scene in drawn_scenes(12, 48):
+        for (sprite, left, top), _, label in objects_of(scene):
+            window = (left, top, left + sprite.silhouette.width, top + sprite.silhouette.height)
+            under = np.asarray(scene.ground.crop(window))[np.asarray(sprite.silhouette) > 0]
+            assert set(under.tolist()) <= grounds[label]
+
+
+def test_boxes_are_tight_around_what_is_seen():
+    checked = set()
+    for scene in drawn_scenes(8, 128, seed=1):
+        bare = copy.deepcopy(scene)
+        bare.placed = []
+        without = scenes.render(bare).astype(int)
+        chosen = objects_of(scene)
+        assert len(chosen) == len(scene.boxes)
+        for (sprite, left, top), box, label in chosen[:2]:
+            alone = copy.deepcopy(scene)
+            alone.placed = [(replace(sprite, shadow=0.0), left, top)]
+            rows, columns = np.nonzero(abs(scenes.render(alone) - without).max(2) > 8)
+            extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(extent - box / ground.SUPERSAMPLING).max() <= 1.5
+            checked.add(label)
+    assert checked == {PLANE, SHIP, TANK}
+
+
+@pytest.mark.parametrize("heading, along", [(0.0, 0), (np.pi / 2, 1), (np.pi, 0)])
+def test_a_ship_is_as_long_as_asked_along_its_heading(heading, along):
+    sides = np.ptp(np.reshape(objects.ship_sprite(np.random.default_rng(0), 80, heading, SUN)
+                              .silhouette.getbbox(), (2, 2)), axis=0)
+    assert sides[along] == pytest.approx(80, abs=1.5) and 80 / 7.5 < sides[1 - along] < 80 / 1.5
+
+
+def test_the_silhouette_of_a_plane_is_wings_and_fuselage_and_that_of_a_tank_a_disc():
+    for seed in range(8):
+        plane = np.asarray(objects.plane_sprite(np.random.default_rng(seed), 100, 0.0, SUN).silhouette) > 0
+        rows, columns = np.nonzero(plane)
+        assert 97 < np.ptp(columns) < 112 and 65 < np.ptp(rows) < 115
+        assert 0.15 < plane.sum() / (np.ptp(rows) * np.ptp(columns)) < 0.5
+        # Port and starboard mirror each other, give or take the pixels of the border.
+        assert (plane != plane[::-1]).sum() < 0.25 * plane.sum()
+        tank = objects.tank_sprite(np.random.default_rng(seed), 60, seed % 2, (200, 200, 200), SUN).silhouette
+        assert (np.asarray(tank) > 0).sum() == pytest.approx(np.pi * 30**2, rel=0.06)
+
+
+def test_every_class_and_empty_scenes_occur_and_no_scene_is_crowded(monkeypatch):
+    monkeypatch.setattr(scenes, "put_distractors", lambda scene: None)
+    counts = [np.bincount(scene.labels, minlength=len(CLASSES)) for scene in drawn_scenes(100, 32)]
+    assert (np.sum(counts, axis=0) > 70).all()
+    assert 1 <= sum(count.sum() == 0 for count in counts) <= 15
+    assert max(count.sum() for count in counts) <= scenes.MOST_OBJECTS
+
+
+def test_seed_fixes_every_byte(small_set, tmp_path):
+    assert draw_scenes.write_demo(tmp_path / "again", **SMALL)
+    assert draw_scenes.write_demo(tmp_path / "other", **{**SMALL, "seed": 4})
+    first, again, other = tree(small_set), tree(tmp_path / "again"), tree(tmp_path / "other")
+    assert first == again
+    assert first.keys() == other.keys() and not [name for name in first if first[name] == other[name]]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_coco_files_say_what_was_drawn(small_set, split):
+    coco = COCO(small_set / f"{split}.json")
+    assert [(coco.cats[number]["name"]) for number in sorted(coco.cats)] == list(CLASSES) and min(coco.cats) == 1
+    assert len(coco.imgs) == SMALL[split]
+    for index, image_id in enumerate(sorted(coco.imgs)):
+        entry = coco.imgs[image_id]
+        with Image.open(small_set / "images" / entry["file_name"]) as image:
+            assert image.mode == "RGB" and image.size == (entry["width"], entry["height"]) == (48, 48)
+            stored = np.asarray(image).astype(float)
+        picture, boxes, labels = draw_scene(split, index, SMALL["seed"], SMALL["size"])
+        assert abs(stored - picture).mean() < 8
+        annotations = coco.loadAnns(coco.getAnnIds([image_id]))
+        assert [annotation["category_id"] - 1 for annotation in annotations] == labels.tolist()
+        for annotation, box in zip(annotations, boxes, strict=True):
+            left, top, width, height = annotation["bbox"]
+            assert np.allclose([left, top, left + width, top + height], box, atol=0.02)
+            assert annotation["area"] == pytest.approx(width * height, abs=0.01) and annotation["iscrowd"] == 0
+    numbers = [annotation["id"] for annotation in coco.dataset["annotations"]]
+    assert len(set(numbers)) == len(numbers) > 0
+
+
+def test_command_draws_once_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
+    words = (tmp_path / "set", "--train", 2, "--test", 1, "--size", 40)
+    first = run_program("-m", "demo.draw_scenes", *words)
+    assert first.returncode == 0, first.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    before = tree(tmp_path / "set")
+    assert before.keys() == {"train.json", "test.json", "sheet.png", "demo.json", "images/train_0000.jpg",
+                             "images/train_0001.jpg", "images/test_0000.jpg"}
+    assert json.loads(before["demo.json"]) == {"demo": "detection", "drawing_version": draw_scenes.DRAWING_VERSION,
+                                               "seed": 0, "train": 2, "test": 1, "size": 40}
+    status, out, _ = command(monkeypatch, capsys, *words)
+    assert status == 0 and "already there" in out
+    status, out, error = command(monkeypatch, capsys, *words, "--seed", 5)
+    assert status == 2 and out == "" and error.count("\n") == 1 and "other settings" in error
+    assert tree(tmp_path / "set") == before
+
+
+def test_command_leaves_foreign_folders_and_files_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.txt").write_text("mine")
+    for path in (tmp_path / "photos", tmp_path / "photos" / "cat.txt"):
+        status, out, error = command(monkeypatch, capsys, path)
+        assert status == 2 and out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert tree(tmp_path) == {"photos/cat.txt": b"mine"}
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"train": 0}, {"test": 0}, {"size": 16}, {"size": 4096}])
+def test_values_out_of_range_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        draw_scenes.write_demo(tmp_path / "set", **{**SMALL, **wrong})
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_an_interrupted_run(tmp_path, monkeypatch):
+    def interrupted(shown, size):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draw_scenes, "contact_sheet", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw_scenes.write_demo(tmp_path / "set", **SMALL)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,394 @@
+"""The detection scripts on tiny drawn scenes, as a user runs them: teacher, student, resuming, testing, several
+processes; and that a detector learns."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+
+import pytest
+import torch
+
+from common.runtime import UserError
+from demo.draw_scenes import write_demo
+from detection import compare, engine, train_gfl, train_ld
+from detection.data import batches
+from detection.data.annotations import read_annotations
+from detection.engine import DetectionRun, learning_rate, train_step
+from detection.inference import detect, inference_network
+from detection.metrics.coco_ap import coco_ap
+from detection.network.detector import Architecture, Detector
+from detection.settings import RECIPES, LDSettings, Settings, parse_settings
+from tests.support import QUICK_DETECTOR, real, run_detector, run_program
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder with train.json (10 scenes), test.json (4 scenes) and their images."""
+    folder = tmp_path_factory.mktemp("scenes") / "tiny"
+    write_demo(folder, seed=0, train=10, test=4, size=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(scenes):
+    return ("--train", scenes / "train.json", "--test", scenes / "test.json", *QUICK_DETECTOR)
+
+
+@pytest.fixture(scope="module")
+def runs(flags, tmp_path_factory):
+    """A folder with the finished run of a teacher, and of a student that it has taught."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert run_detector(train_gfl, "gfl", *flags, "--output", folder / "teacher", "--test-every", "1") == 0
+    assert run_detector(train_ld, "ld", *flags, *taught(folder), "--output", folder / "ld") == 0
+    return folder
+
+
+def taught(folder):
+    return ("--teacher", folder / "teacher" / "final.pt", "--imitation", "gibox", "--lambda-kd-vlr", "1")
+
+
+def log_of(folder):
+    """The log without its times, which differ from run to run."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+            for record in records]
+
+
+def weights_of(folder):
+    return torch.load(folder / "final.pt", weights_only=True)["model"]
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(runs):
+    for stage in ("teacher", "ld"):
+        assert set(os.listdir(runs / stage)) == {
+            "settings.json", "log.jsonl", "last.pt", "final.pt", "results.json", "curves.png", "precision_recall.png",
+            "detections.png"}
+    results = json.loads((runs / "ld" / "results.json").read_text())
+    assert results["stage"] == "ld" and results["epoch"] == 2 and results["images"] == 4
+    assert [row["name"] for row in results["per_class"]] == ["plane", "ship", "storage_tank"]
+    for key in ("AP", "AP50", "AP75", "weights_sha256", "parameters", "flops", "device", "precision", "versions"):
+        assert results[key] is not None, key
+
+
+def test_the_log_has_every_loss_term_and_their_sum(runs):
+    gfl, distilled = {"qfl", "box", "dfl"}, {"ld_main", "ld_vlr", "kd_main", "kd_vlr", "imitation"}
+    for stage, terms in (("teacher", gfl), ("ld", gfl | distilled)):
+        assert [record["epoch"] for record in log_of(runs / stage)] == [1, 2]
+        for record in log_of(runs / stage):
+            assert terms == set(record) - {"epoch", "lr", "loss", "AP", "AP50", "AP75"}
+            assert record["loss"] == pytest.approx(sum(record[term] for term in terms))
+    assert all(0 <= record["AP50"] <= 1 for record in log_of(runs / "teacher"))
+
+
+def test_checkpoints_say_what_they_are_and_hold_no_teacher(runs):
+    final = torch.load(runs / "ld" / "final.pt", weights_only=True)
+    assert final["description"]["classes"] == ["plane", "ship", "storage_tank"]
+    assert final["description"]["model"]["reg_max"] == 16 and final["description"]["preprocessing"]["short"] == 64
+    assert set(final["model"]) == set(Detector(3, Architecture(18, 64, 1)).state_dict())
+
+
+def test_a_student_starts_alike_with_a_teacher_and_without(runs, flags, tmp_path):
+    standing = ("--epochs", "1", "--lr", "1e-12")
+    assert run_detector(train_gfl, "gfl", *flags, *standing, "--output", tmp_path / "gfl") == 0
+    assert run_detector(train_ld, "ld", *flags, *standing, *taught(runs), "--output", tmp_path / "ld") == 0
+    alone, with_teacher = weights_of(tmp_path / "gfl"), weights_of(tmp_path / "ld")
+    assert all(torch.allclose(value, with_teacher[name], atol=1e-6) for name, value in alone.items())
+
+
+def test_another_teacher_is_another_run(runs, flags, tmp_path, capsys):
+    teacher = torch.load(runs / "teacher" / "final.pt", weights_only=True)
+    teacher["model"]["head.scales"] += 1
+    torch.save(teacher, tmp_path / "other.pt")
+    assert run_detector(train_ld, "ld", *flags, *taught(runs), "--teacher", tmp_path / "other.pt", "--output",
+                        runs / "ld", "--resume") == 2
+    assert "holds a run with teacher-sha256" in capsys.readouterr().err
+
+
+def test_a_second_run_needs_another_folder_or_resume(runs, flags, capsys):
+    assert run_detector(train_gfl, "gfl", *flags, "--output", runs / "teacher") == 2
+    assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
+    assert run_detector(train_gfl, "gfl", *flags, "--output", runs / "teacher", "--resume", "--clip", "1") == 2
+    assert "holds a run with clip 0.0, not 1.0" in capsys.readouterr().err
+    assert run_detector(train_gfl, "gfl", *flags, "--output", runs / "teacher", "--resume") == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_resuming_ends_with_the_weights_of_a_run_never_stopped(runs, flags, tmp_path, monkeypatch, capsys):
+    more = (*flags, *taught(runs), "--short", "48,64", "--workers", "1")  # prefetched batches must not be lost
+    assert run_detector(train_ld, "ld", *more, "--output", tmp_path / "whole") == 0
+    steps = []
+
+    def step_and_a_signal(*arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(engine, "train_step", step_and_a_signal)
+    assert run_detector(train_ld, "ld", *more, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert "stopped after 1 of 2 epochs and 1 of 3 steps, kept in" in capsys.readouterr().out
+    assert run_detector(train_ld, "ld", *more, "--output", tmp_path / "parts", "--resume") == 0
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_the_test_programs_repeat_the_numbers_of_training(runs, scenes, tmp_path):
+    trained = json.loads((runs / "teacher" / "results.json").read_text())
+    done = run_program("-m", "detection.test", "--weights", runs / "teacher" / "last.pt", "--test",
+                       scenes / "test.json", "--output", tmp_path / "test", "--device", "cpu", "--workers", "0")
+    assert done.returncode == 0, done.stderr
+    assert run_detector(train_gfl, "gfl", "--test-only", "--weights", runs / "teacher" / "final.pt", "--test",
+                    scenes / "test.json", "--output", tmp_path / "only", "--device", "cpu", "--workers", "0") == 0
+    for folder in ("test", "only"):
+        again = json.loads((tmp_path / folder / "results.json").read_text())
+        assert again["per_class"] == trained["per_class"] and again["AP"] == trained["AP"]
+
+
+@pytest.mark.parametrize("flag", [("--metric", "voc07"), ("--suppression", "cluster-diou-voting")])
+def test_other_metrics_and_suppressions(runs, scenes, tmp_path, flag):
+    assert run_detector(train_gfl, "gfl", "--test-only", "--weights", runs / "teacher" / "final.pt", "--test",
+                    scenes / "test.json", "--output", tmp_path / "test", "--device", "cpu", *flag) == 0
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert ("per_iou" in results) == (flag[1] == "voc07") and results["AP50"] is not None
+
+
+def test_runs_are_compared_by_mean_and_deviation(runs, tmp_path, capsys):
+    results = json.loads((runs / "ld" / "results.json").read_text())
+    for name, ap in (("a", 0.30), ("b", 0.32)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({**results, "AP": ap, "AP_large": None}))
+    compare.main([f"LD={tmp_path / 'a'},{tmp_path / 'b'}", f"teacher={runs / 'teacher'}"])
+    header, ld, teacher = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["runs", "AP", "AP50"] and "large" in header
+    assert ld.split()[:5] == ["LD", "2", "31.0", "±", "1.4"] and teacher.split()[:2] == ["teacher", "1"]
+    (tmp_path / "b" / "results.json").write_text(json.dumps({**results, "metric": "another"}))
+    with pytest.raises(UserError, match="not tested alike: LD by COCO AP on 4 images; LD by another on 4 images"):
+        compare.main([f"LD={tmp_path / 'a'},{tmp_path / 'b'}"])
+    for row, words in ((f"{tmp_path}", "expected NAME=FOLDER"), (f"x={tmp_path}", "results.json: could not be read")):
+        with pytest.raises(UserError, match=words):
+            compare.main([row])
+
+
+def test_two_processes_take_the_step_of_one(flags, runs, tmp_path):
+    """With frozen batch norms the steps of two processes are those of the global batch, up to rounding: all normalisers
+    are those of all images."""
+    backbone = Detector(3, Architecture(18, 64, 1)).backbone
+    torch.save(backbone.state_dict(), tmp_path / "resnet18.pt")
+    more = [str(flag) for flag in (*flags, "--init", tmp_path / "resnet18.pt", "--epochs", "1")]
+    assert run_detector(train_gfl, "gfl", *more, "--output", tmp_path / "one") == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m",
+                       "detection.train_gfl", *more, "--output", tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert max((value.float() - two[name]).abs().max().item() for name, value in one.items()) < 1e-4
+    first, second = log_of(tmp_path / "one")[0], log_of(tmp_path / "two")[0]
+    assert first["qfl"] == pytest.approx(second["qfl"], rel=1e-3)
+    trained, again = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
+    assert trained["images"] == again["images"] == 4
+
+
+def test_the_frozen_part_of_the_resnet_stays(flags, tmp_path):
+    backbone = Detector(3, Architecture(18, 64, 1)).backbone
+    torch.save(backbone.state_dict(), tmp_path / "resnet18.pt")
+    assert run_detector(train_gfl, "gfl", *flags, "--init", tmp_path / "resnet18.pt", "--epochs", "1", "--output",
+                    tmp_path / "run") == 0
+    after = weights_of(tmp_path / "run")
+    for name, value in backbone.state_dict().items():
+        fixed = name.startswith(("conv1", "bn1", "layer1")) or "running" in name or "num_batches" in name
+        assert torch.equal(after[f"backbone.{name}"], value) == fixed, name
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path, capsys):
+    assert run_detector(train_gfl, "gfl", *flags, "--lr", "1000", "--warmup-steps", "0", "--output",
+                        tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "error: stage gfl, epoch" in message and "is nan" in message and message.count("\n") == 1
+    assert not (tmp_path / "run" / "final.pt").exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"classes": ["plane", "ship"]}, "the number of classes"),
+    ({"classes": ["ship", "plane", "storage_tank"]}, "the name of class 0"),
+    ({"reg_max": 8}, "reg_max"),
+])
+def test_a_teacher_that_does_not_fit_is_named(flags, runs, tmp_path, capsys, change, words):
+    checkpoint = torch.load(runs / "teacher" / "final.pt", weights_only=True)
+    description = checkpoint["description"]
+    description["classes"] = change.get("classes", description["classes"])
+    description["model"]["reg_max"] = change.get("reg_max", 16)
+    fitting = Detector(len(description["classes"]), Architecture(18, 64, 1, description["model"]["reg_max"]))
+    torch.save({"model": fitting.state_dict(), "description": description}, tmp_path / "teacher.pt")
+    assert run_detector(train_ld, "ld", *flags, "--teacher", tmp_path / "teacher.pt", "--output", tmp_path / "ld") == 2
+    message = capsys.readouterr().err
+    assert words in message and "teacher.pt" in message and message.count("\n") == 1
+    assert not (tmp_path / "ld").exists()
+
+
+def test_no_teacher_is_one_line(flags, tmp_path, capsys):
+    assert run_detector(train_ld, "ld", *flags, "--teacher", tmp_path / "no.pt", "--output", tmp_path / "ld") == 2
+    message = capsys.readouterr().err
+    assert "no such checkpoint; train one with python -m detection.train_gfl" in message and message.count("\n") == 1
+
+
+def broken(scenes, tmp_path, damage):
+    """A copy of train.json, changed by damage(content) or replaced by the text that it returns."""
+    content = json.loads((scenes / "train.json").read_text())
+    text = damage(content) or json.dumps(content)
+    (tmp_path / "train.json").write_text(text)
+    return tmp_path / "train.json"
+
+
+def without_area(content):
+    content["annotations"][0]["bbox"][2] = 0
+
+
+def outside(content):
+    content["annotations"][0]["bbox"][0] = 5000
+
+
+def unknown_category(content):
+    content["annotations"][0]["category_id"] = 77
+
+
+def missing_image(content):
+    content["images"][0]["file_name"] = "gone.png"
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda content: "{\n broken", "train.json:2: not valid JSON"), (without_area, "annotation"),
+    (outside, "annotation"), (unknown_category, "77"), (missing_image, "gone.png")])
+def test_bad_annotations_are_one_line(flags, scenes, tmp_path, capsys, damage, words):
+    source = broken(scenes, tmp_path, damage)
+    assert run_detector(train_gfl, "gfl", *flags, "--train", source, "--images", scenes / "images", "--output",
+                    tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_category_that_only_the_test_part_has_is_named(flags, scenes, tmp_path, capsys):
+    content = json.loads((scenes / "test.json").read_text())
+    content["categories"][1]["name"] = "submarine"
+    content["annotations"][0]["category_id"] = content["categories"][1]["id"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    assert run_detector(train_gfl, "gfl", *flags, "--test", tmp_path / "test.json", "--images", scenes / "images",
+                    "--output", tmp_path / "run") == 2
+    assert "submarine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [("--short", "20"), ("--short", "64,48"), ("--channels", "72"), ("--epochs", "0")])
+def test_settings_out_of_range_are_one_line(flags, tmp_path, capsys, flag):
+    assert run_detector(train_gfl, "gfl", *flags, *flag, "--output", tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert flag[0] in message and message.count("\n") == 1
+
+
+def test_no_object_to_learn_from_is_named(flags, scenes, tmp_path, capsys):
+    source = broken(scenes, tmp_path, lambda content: content["annotations"].clear())
+    assert run_detector(train_gfl, "gfl", *flags, "--train", source, "--images", scenes / "images", "--output",
+                    tmp_path / "run") == 2
+    assert "train.json: no object that can be trained on" in capsys.readouterr().err
+
+
+def test_images_to_test_on_may_lie_elsewhere_and_hold_nothing_to_find(flags, scenes, tmp_path):
+    """All AP are None then, in the curves as well."""
+    content = json.loads((scenes / "test.json").read_text())
+    (scenes / "images").rename(scenes / "pictures")
+    try:
+        (tmp_path / "test.json").write_text(json.dumps({**content, "annotations": []}))
+        assert run_detector(train_gfl, "gfl", *flags, "--epochs", "1", "--images", scenes / "pictures", "--test",
+                        tmp_path / "test.json", "--test-images", scenes / "pictures", "--test-every", "1", "--output",
+                        tmp_path / "run") == 0
+    finally:
+        (scenes / "pictures").rename(scenes / "images")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["AP"] is None
+
+
+def test_another_test_does_not_replace_the_results(runs, scenes, tmp_path, capsys):
+    again = ("--test-only", "--weights", runs / "teacher" / "final.pt", "--test", scenes / "test.json", "--output",
+             tmp_path / "test", "--device", "cpu", "--workers", "0")
+    assert run_detector(train_gfl, "gfl", *again) == 0
+    assert run_detector(train_gfl, "gfl", *again) == 0
+    assert run_detector(train_gfl, "gfl", *again, "--metric", "voc") == 2
+    assert "is of other weights than" in capsys.readouterr().err
+
+
+def test_what_a_user_may_not_expect_is_said(runs, flags, tmp_path, capsys):
+    assert run_detector(train_ld, "ld", *flags, *taught(runs), "--epochs", "1", "--warmup-steps", "50", "--output",
+                    tmp_path / "ld") == 0
+    said = capsys.readouterr().out
+    for note in ("--warmup-steps 50 are most of the 3 steps", "--lr-steps 9,12 never come",
+                 "LD's terms are sums over the 4 images", "the classification's distillation is a mean over"):
+        assert f"note: {note}" in said
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_in_place_of_the_script_and_flags_are_in_place_of_it():
+    settings = parse_settings("gfl", train_gfl.SETTINGS, "", ["--recipe", "2x", "--epochs", "5", "--train",
+                                                               "x/VOC2007/ImageSets/Main/trainval.txt"])
+    assert (settings.lr_steps, settings.short, settings.epochs) == (RECIPES["2x"]["lr_steps"], (480, 800), 5)
+    assert settings.output == "runs/VOC2007/gfl"
+    in_the_script = dataclasses.replace(train_gfl.SETTINGS, recipe="voc")
+    assert parse_settings("gfl", in_the_script, "", []).epochs == 4
+    assert parse_settings("ld", train_ld.SETTINGS, "", []).teacher == "runs/mine/teacher/final.pt"
+
+
+def test_the_learning_rate_warms_up_and_steps_down():
+    settings = Settings(lr=0.01, batch_size=8, lr_steps=(3, 4), warmup_steps=10)
+    rates = [learning_rate(settings, *at, 20) for at in ((1, 0), (1, 5), (1, 10), (2, 19), (3, 0), (4, 0))]
+    assert rates == pytest.approx([5e-6, 5e-3 * 0.5005, 5e-3, 5e-3, 5e-4, 5e-5])
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_answers_once_a_step_and_learns_nothing(scenes):
+    teacher, student = (Detector(3, Architecture(18, 64, 1)) for _ in range(2))
+    asked, before = [], {name: value.clone() for name, value in teacher.state_dict().items()}
+    teacher.eval().requires_grad_(False).register_forward_pre_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    run = run_of(student, LDSettings(batch_size=2, warmup_steps=0), teacher)
+    annotations = read_annotations(scenes / "train.json")
+    draws = [batches.Draw(i, 64, 64, False) for i in (0, 1)]
+    batch = batches.collate(batches.DetectionDataset(annotations).__getitems__(draws))
+    names, terms = train_step(run, student.train(), batch)
+    assert asked == [False] and len(names) == len(terms) == 6 and terms.isfinite().all()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any("teacher" in name for name in student.state_dict())
+
+
+def run_of(network, settings, teacher=None):
+    """A DetectionRun of one step an epoch."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    return DetectionRun(name="test", settings=settings, device=torch.device("cpu"), precision="fp32", network=network,
+                        optimizer=optimizer, sampler=[0], train_annotations=None, test_annotations=None,
+                        teacher=teacher)
+
+
+@pytest.mark.real_data
+def test_four_real_images_are_learned_by_heart():
+    torch.manual_seed(0)
+    annotations = read_annotations(real("nwpu_vhr10") / "instances_train2017.json")
+    records = [record for record in annotations.records if 3 <= len(record.labels) <= 6][:4]
+    annotations = dataclasses.replace(annotations, records=records)
+    draws = batches.test_draws(annotations, 256, 320)
+    batch = batches.collate(batches.DetectionDataset(annotations).__getitems__(draws))
+    network = Detector(10, Architecture(18, 64, 2)).to(memory_format=torch.channels_last)
+    run = run_of(network, Settings(lr=0.08, batch_size=4, lr_steps=(90,), warmup_steps=20, clip=35))
+    for run.epoch in range(100):
+        train_step(run, network.train(), batch)
+    found = detect(inference_network(network, run.device), batch.images, batch.sizes, batch.scales, run.device, "fp32")
+    assert coco_ap(found, annotations)["AP50"] > 0.95

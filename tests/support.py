@@ -1,0 +1,196 @@
+"""What tests share: data sets and weights drawn for them, and ways to run the scripts as a user does."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import baseline_cl_s_weight
+import recognition.engine
+from common.runtime import run_script
+from dataset import DatasetInfo, write_dataset
+from detection.engine import run_training
+from recognition.engine import run_stage
+from recognition.run import start_run
+from recognition.settings import parse_settings
+from recognition.stage import read_lists
+from resnet50 import ResNet50
+
+PROJECT = Path(__file__).resolve().parent.parent
+TINY_GROUPS = {"head": [0, 1], "middle": [2, 3], "tail": [4, 5]}
+TINY_TRAIN = [14, 12, 9, 8, 5, 4]
+QUICK = ("--image-size", "32", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--precision", "fp32",
+         "--schedule", "one-cycle", "--lr", "0.01")
+DATA = Path(os.environ.get("AERIAL_DATA") or PROJECT.parent / "shared" / "data")
+ODD_NAMES = [["$a$ \\frac{", "_b_", r"\$c$", "d^{"], ["帆船", "корабль", "πλοίο", "e\u0301$$"],
+             ["x" * 500, "$" * 500, "船" * 500, "d"]]
+QUICK_DETECTOR = ("--init", "none", "--depth", "18", "--channels", "64", "--tower-convs", "1", "--batch-size", "4",
+                  "--epochs", "2", "--short", "64", "--long", "64", "--lr", "0.04", "--warmup-steps", "3", "--workers",
+                  "0", "--device", "cpu", "--precision", "fp32")
+DESCRIPTION = {"stage": "t1", "classes": ["a", "b"], "groups": {"head": [0], "middle": [1], "tail": []}, "epoch": 3,
+               "preprocessing": {"image_size": 32}, "selected_on": "val"}
+SMALL = [{"model": {"a.weight": torch.ones(7, 3), "b": torch.arange(5), "c": torch.ones(3).half()}, "epoch": 1,
+          "description": DESCRIPTION},
+         {"weight": torch.nn.Parameter(torch.ones(3, 4)), "view": torch.ones(4, 4).t()[1:]}]
+
+
+def draw_tiny(root, train=TINY_TRAIN, val=2, test=4, groups=TINY_GROUPS, seed=0):
+    """A prepared data set of grey 40 x 40 noise with a bright band whose height tells the class. Returns its folder."""
+    generator = np.random.default_rng(seed)
+    images, lists = root / "images", {}
+    images.mkdir(parents=True)
+    for split, counts in (("train", train), ("val", [val] * len(train)), ("test", [test] * len(train))):
+        lists[split] = []
+        for label, count in enumerate(counts):
+            for number in range(count):
+                pixels = generator.integers(0, 60, (40, 40), dtype=np.uint8)
+                pixels[label * 6:label * 6 + 6] += 150
+                Image.fromarray(pixels).save(images / f"{split}_{label}_{number}.png")
+                lists[split].append((f"{split}_{label}_{number}.png", label))
+    write_dataset(DatasetInfo(root, "tiny", list("abcdef")[:len(train)], groups, "by hand", images), lists)
+    return root
+
+
+def run_program(*command, **options):
+    """Run a script of the project, with Python's own flags before it if need be, in a process of its own, from the
+    project's folder. Returns the finished process, output as text."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **options.pop("env", {})}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=PROJECT,
+                          env=environment, timeout=900, **options)
+
+
+def run_tool(script, *arguments):
+    """The main program of a script in this process. Returns its exit status."""
+    with pytest.raises(SystemExit) as exit_:
+        run_script(lambda: script.main([str(argument) for argument in arguments]))
+    return exit_.value.code or 0
+
+
+def error_line(capsys):
+    """What stderr holds, which must be one line of an error."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def run_main(module, *arguments):
+    """Run a stage script's program in this process. Returns its exit status."""
+    with pytest.raises(SystemExit) as exit_:
+        run_stage(module.STAGE, module.SETTINGS, "", [str(argument) for argument in arguments])
+    return exit_.value.code or 0
+
+
+def real(name):
+    """The folder of a real data set; the test is skipped where it is absent."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f"no real images at {DATA / name}; set AERIAL_DATA to the folder that holds {name}")
+    return DATA / name
+
+
+def log_of(folder):
+    """The log without its times, which differ from run to run."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+            for record in records]
+
+
+def student_flags(seed_folder):
+    """The flags of a student elsewhere that has its start and its teachers from a finished run."""
+    origins = {"--init": "baseline", "--t1": "t1", "--t2": "t2", "--t3": "t3"}
+    return [part for flag, name in origins.items() for part in (flag, seed_folder / name / "best.pt")]
+
+
+def stop_at_step(monkeypatch, number, signal_number):
+    """Send this process a signal while the step of that number, counted from 1, is computed."""
+    step_losses, steps = recognition.engine.step_losses, []
+
+    def losses_and_a_signal(*arguments):
+        steps.append(1)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal_number)
+        return step_losses(*arguments)
+
+    monkeypatch.setattr(recognition.engine, "step_losses", losses_and_a_signal)
+
+
+def student_run(data, teachers, precision, *flags):
+    """A student's Run as its script would start it."""
+    flags = ["--data-root", data, "--output", teachers / "student", *QUICK, *flags]
+    settings, _ = parse_settings("student", baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
+    stage = baseline_cl_s_weight.STAGE
+    return start_run(stage, settings, read_lists(stage, settings), torch.device("cpu"), precision)
+
+
+def authors_state(classes=23, prefix=""):
+    """A state dict in the layout of the released weights, of random numbers: 321 entries."""
+    torch.manual_seed(classes)
+    state = {}
+    for name, value in ResNet50(classes).state_dict().items():
+        name = {"conv1.weight": "conv2.weight", "fc.weight": "fclass.weight", "fc.bias": "fclass.bias"}.get(name, name)
+        if name.endswith("running_var"):
+            value = torch.rand_like(value) + 0.5
+        elif value.is_floating_point():
+            value = torch.randn_like(value) * (value.std() if value.numel() > 1 and value.std() > 0 else 0.1)
+        state[prefix + name] = value
+    state[f"{prefix}conv1.weight"] = torch.randn(64, 3, 7, 7)
+    return state
+
+
+def run_detector(module, stage, *arguments):
+    """Run a stage script's program in this process. Returns its exit status."""
+    with pytest.raises(SystemExit) as exit_:
+        run_training(stage, module.SETTINGS, "", [str(argument) for argument in arguments])
+    return exit_.value.code or 0
+
+
+class Waited(BaseException):
+    """Not an Exception, so that no reader takes it for damage."""
+
+
+@contextlib.contextmanager
+def alarm(seconds=30):
+    """Raise Waited in what takes longer; where the system has no such alarm, wait."""
+    def late(*_):
+        raise Waited
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def printed_line(error):
+    """What a program prints of an error."""
+    printed = io.StringIO()
+
+    def fail():
+        raise error
+
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit):
+        run_script(fail)
+    return printed.getvalue()
+
+
+def saved(content, **options):
+    """What torch.save makes of it, as bytes."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+FILES = [saved(content, _use_new_zipfile_serialization=new) for content in SMALL for new in (True, False)]
