@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.runtime import UserError
 from detection.data.coco_files import read_coco
 from detection.data.records import Annotations
 from detection.data.voc_files import read_image_set
-from common.runtime import UserError
 
 
 def read_annotations(source, images=None, classes=None, findings=None):

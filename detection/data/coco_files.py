@@ -2,9 +2,9 @@
 
 import os
 
-from detection.data.records import LARGEST, Annotations, clip, is_name, is_number, noting, record_of
 from common.files import read_json
 from common.runtime import UserError
+from detection.data.records import LARGEST, Annotations, clip, is_name, is_number, noting, record_of
 from preparation.sources import existing_folders
 
 # The two boxes of no area in the published instances_train2017.json: their image ids and near corners.

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from xml.etree import ElementTree
 
+from common.runtime import UserError
 from dataset import list_lines
 from detection.data.records import Annotations, clip, is_name, is_number, noting, record_of
-from common.runtime import UserError
 from preparation.sources import IMAGE_SUFFIXES, existing_folders
 
 
