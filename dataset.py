@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.files import atomic_path, read_json, write_json
+from common.files import atomic_path, list_lines, read_json, write_json
 from common.runtime import UserError
 
 GROUPS = ("head", "middle", "tail")
@@ -113,22 +113,6 @@ def read_list(path, num_classes):
     Raises UserError naming file and line for a line without a label, a label outside 0..num_classes-1, or a path that
     is absolute, climbs out of the image folder, or is too long."""
     return [parse_line(line, f"{path}:{number}", num_classes) for number, line in list_lines(path)]
-
-
-def list_lines(path):
-    """[(number, line)] of the lines of a list file that are not blank. Raises UserError for a file without any."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such list")
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{error.object[:error.start].count(10) + 1}: not UTF-8 text") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: the list is empty")
-    return lines
 
 
 def parse_line(line, where, num_classes):

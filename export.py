@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from common.files import atomic_path, publish_checkpoint, sha256_of, without_paths
+from common.images import find_images
 from common.runtime import UserError, run_script
+from common.weights import fold_batch_norm
 from dataset import network_input
-from predict import decode, find_images
+from predict import decode
 from recognition.exported import METADATA, read_exported, require_packages, require_torch
 from recognition.inference import load_classifier
-from resnet50 import fold_batch_norm
 
 LIMIT = 1e-4  # of the largest logit: how far an exported file may be from the network; rounding makes about 1e-6
 CHECKED = 64  # images to compare on, at most

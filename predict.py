@@ -14,38 +14,14 @@ import argparse
 import csv
 import os
 import sys
-from pathlib import Path
 
 import torch
-from PIL import Image
 
 from common.files import atomic_path, write_json
-from common.image_cache import decode_square, in_processes, unreadable
+from common.images import decode_square, find_images, unreadable
 from common.runtime import UserError, run_script
-from dataset import list_lines
+from common.workers import in_processes
 from recognition.inference import open_classifier
-
-
-def find_images(paths):
-    """Every image among `paths` in a stable order: files, folders searched through, lists (.txt). Raises UserError
-    for a path that does not exist or if there is no image at all."""
-    suffixes = tuple(Image.registered_extensions())
-    images = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-            images += [file for file in found if not file.name.startswith(".")]
-        elif path.suffix.lower() == ".txt" and path.is_file():
-            for _, line in list_lines(path):
-                name, _, label = line.rpartition(" ")
-                images.append(path.parent / (name if name and label.isdigit() else line))
-        elif path.is_file():
-            images.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    if not images:
-        raise UserError(f"{' '.join(map(str, paths))}: no image here")
-    return images
 
 
 def decode(job):

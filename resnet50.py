@@ -1,17 +1,14 @@
 """The one network of T2FTS: torchvision's ResNet-50 with a stem for grey images, and how weights get into it: from
 nowhere, from ImageNet, from a checkpoint of this project, or from the weights that the authors released."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import get_model_weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from common.files import check_entries, is_stored_whole, load_checkpoint
 from common.runtime import UserError
+from common.weights import imagenet_state, with_batch_counts
 
 # What this project's checkpoints say of themselves, at least.
 DESCRIPTION = {"stage": str, "classes": list, "groups": dict, "preprocessing": dict, "epoch": int, "selected_on": str}
@@ -62,20 +59,6 @@ class ResNet50(ResNet):
         features = self.layer3_features(images)
         pooled = torch.flatten(self.avgpool(self.layer4(features)), 1)  # (B, 2048)
         return self.fc(pooled), features
-
-
-def fold_batch_norm(network):
-    """A copy of `network` for inference alone: each batch norm, with its running statistics, is part of the convolution
-    before it. In fp32 the logits stay the same up to rounding; batch norm is about a third of the time on a CPU."""
-    network = copy.deepcopy(network).eval()
-    pairs = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1"))  # the last: of a block's shortcut
-    for module in list(network.modules()):
-        for convolution, norm in pairs:
-            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
-                folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
-                setattr(module, convolution, folded)
-                setattr(module, norm, nn.Identity())
-    return network
 
 
 def read_weights(path):
@@ -150,24 +133,6 @@ def initialise(network, init):
     load_state(network, state, init)
     origin = f", {description['stage']} at epoch {description['epoch']}" if description else ""
     return f"all {len(state)} entries from {init}{origin}", description
-
-
-def imagenet_state(depth):
-    """The state dict of torchvision's ResNet of that depth (IMAGENET1K_V1). Raises UserError where it cannot be
-    fetched."""
-    weights = get_model_weights(f"resnet{depth}").IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # a download that does not match its hash is a RuntimeError
-        raise UserError(f"--init imagenet: torchvision's weights could not be fetched ({error}); download "
-                        f"{weights.url} and give the file as --init FILE, or --init none")
-
-
-def with_batch_counts(state, network):
-    """`state` with `num_batches_tracked` of `network` where it has none: files of older torchvision lack them, and with
-    a fixed momentum nothing reads them."""
-    counts = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    return {**counts, **state}
 
 
 def _load_imagenet(network, state, source):

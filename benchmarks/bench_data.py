@@ -29,10 +29,11 @@ from baseline_resnet50 import SETTINGS, STAGE
 from benchmarks.common import finish, interleaved, parser, print_table, set_up, wait_for
 from ClassAwareSampler import SelfCalibratedBatchSampler
 from common.files import read_json
-from common.image_cache import ImageCache, in_processes
+from common.image_cache import ImageCache
 from common.precision import resolve_precision
 from common.runtime import UserError, autocast, run_script
 from common.training import to_device
+from common.workers import in_processes
 from dataset import DatasetInfo, ImageDataset, fingerprint, network_input, write_dataset
 from recognition.published import DOTA
 from recognition.run import make_sampler

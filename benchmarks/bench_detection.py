@@ -17,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from benchmarks.common import finish, interleaved, parser, print_table, set_up
 from common.precision import resolve_precision
 from common.runtime import autocast, run_script
+from common.weights import fold_batch_norm
 from detection.assigners.atss import assign_batch
 from detection.data.batches import Batch
 from detection.data.transforms import MEAN, STD
@@ -27,7 +28,6 @@ from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import gfl_losses
 from detection.network.detector import Architecture, Detector, Outputs
 from detection.settings import LDSettings
-from resnet50 import fold_batch_norm
 
 CLASSES = 15  # DOTA's
 

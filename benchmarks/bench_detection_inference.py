@@ -14,7 +14,7 @@ import dataclasses
 import torch
 
 from benchmarks.common import finish, interleaved, parser, set_up
-from common.image_cache import unreadable
+from common.images import find_images, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, autocast, run_script
 from detection.checkpoint import load_detector
@@ -22,7 +22,6 @@ from detection.data.transforms import decode_rgb, normalise, pad_to_batch
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import detect, detections, inference_network
 from detection.predict import resized
-from predict import find_images
 
 WARM_UP = 5  # images, at least
 MOST_IMAGES = 32  # of the user's, which are held in memory

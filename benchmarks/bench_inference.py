@@ -19,13 +19,12 @@ import torch
 
 import export
 from benchmarks.common import finish, interleaved, parser, set_up
-from common.image_cache import decode_square
+from common.images import decode_square, find_images
 from common.runtime import UserError, autocast, run_script
+from common.weights import fold_batch_norm
 from dataset import network_input
-from predict import find_images
 from recognition.exported import read_exported
 from recognition.inference import inference_network, load_classifier
-from resnet50 import fold_batch_norm
 
 
 def plain(network, device, precision):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from common.image_cache import decode_square
+from common.images import decode_square
 from dataset import network_input
 
 

@@ -66,6 +66,22 @@ def read_json(path):
         raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error})") from None
 
 
+def list_lines(path):
+    """[(number, line)] of the lines of a list file that are not blank. Raises UserError for a file without any."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such list")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{error.object[:error.start].count(10) + 1}: not UTF-8 text") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: the list is empty")
+    return lines
+
+
 def sha256_of(path):
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

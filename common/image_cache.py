@@ -2,74 +2,20 @@
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import shutil
-import signal
 import stat
-import sys
-import threading
-import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from common.files import atomic_path, remove_partials
+from common.images import decode_square, unreadable
 from common.runtime import UserError
+from common.workers import in_processes
 
 CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the resize changes what it returns
-
-# ---- decoding --------------------------------------------------------------------------------------------------------
-
-
-def decode(path):
-    """Read an image file as an 8-bit PIL image of any mode.
-
-    16-bit images are scaled to 8 bits, an animation gives its first frame. Raises OSError or ValueError for what cannot
-    be read, an image bomb among it; damaged files can make Pillow raise others (see `unreadable`)."""
-    if not os.path.isfile(path):
-        raise OSError("not a file")  # a named pipe would be waited for
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about transparency and damaged metadata, which are not used
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, to be run by Ghostscript; convert it to PNG")
-            image.seek(0)
-            image.load()
-            if image.mode == "F":
-                raise ValueError("floating-point pixels, of no known range; convert it to 8 or 16 bits")
-            if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits, 0..65535
-                values = np.rint(np.asarray(image, dtype=np.float32) / 257)
-                return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-            return image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
-
-
-def decode_grey(path):
-    """Read an image file as an 8-bit grey PIL image, as `decode` does; transparency is dropped."""
-    return decode(path).convert("L")
-
-
-def decode_square(path, size):
-    """(size, size) uint8 array: the grey image resized bicubically, its aspect ratio not kept (the paper's recipe)."""
-    return np.asarray(decode_grey(path).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def unreadable(error):
-    """In a few words, why decode_grey failed."""
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"refused: more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    return f"not readable as an image: {error}"
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 class ImageCache:
@@ -172,41 +118,6 @@ def _fill_cache(job):
         whole.seek(offset + rows.start * size * size)
         whole.write(block)
     return (None, None), len(rows)
-
-
-def in_processes(function, jobs, processes=None):
-    """Yield `function(job)` for every job, in order, computed by several processes.
-
-    processes: how many; None is one a core; 1, or a single job, runs here. Raises UserError if one is killed."""
-    processes = min(processes or os.cpu_count() or 1, len(jobs), 60)  # Windows cannot wait for more than 61
-    if processes <= 1:
-        yield from map(function, jobs)
-        return
-    # Forked workers start in milliseconds; a spawned one would import torch first.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with warnings.catch_warnings():
-        # Python 3.12 warns that a forked child of a threaded parent may hang on a lock; these children only decode.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_process)
-        try:
-            yield from pool.map(function, jobs)
-        except BrokenProcessPool:
-            time.sleep(0.5)  # a Ctrl-C that ended the children first is about to arrive here, and says what happened
-            raise UserError("a decoding process was killed, probably for lack of memory") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin_process():
-    """What a process of `in_processes` does first: see to it that it ends without a word at Ctrl-C, and when its parent
-    is killed; it would wait for work for ever, and hold the locks of the parent that it was forked from."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 @contextlib.contextmanager

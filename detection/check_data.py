@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import sha256_of
-from common.image_cache import in_processes
 from common.runtime import UserError, run_script
+from common.workers import in_processes
 from detection.data.annotations import for_training, read_annotations
 from detection.data.batches import read_image
 from detection.data.records import Findings

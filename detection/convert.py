@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from torchvision.models.resnet import Bottleneck
 
-from common.files import check_entries, is_stored_whole, load_checkpoint, save_checkpoint, sha256_of
+from common.files import check_entries, is_stored_whole, list_lines, load_checkpoint, save_checkpoint, sha256_of
 from common.runtime import UserError, run_script
-from dataset import list_lines
 from detection.checkpoint import RANGES, describe_model, describe_preprocessing, is_description
 from detection.geometry.anchors import STRIDES
 from detection.network.backbone import DEPTHS

@@ -3,11 +3,11 @@
 import torch
 
 from common.runtime import autocast
+from common.weights import fold_batch_norm
 from detection.data.transforms import normalise
 from detection.geometry.anchors import make_anchors
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import class_scores, decoded_boxes
-from resnet50 import fold_batch_norm
 
 CANDIDATES = 1000  # of each level, by their highest class score
 LEAST_SCORE = 0.05

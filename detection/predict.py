@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from common.files import atomic_path, write_json
-from common.image_cache import unreadable
+from common.images import find_images, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
 from detection.checkpoint import load_detector
@@ -29,7 +29,6 @@ from detection.data.transforms import decode_rgb, pad_to_batch, resize, target_s
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import LEAST_SCORE, MOST, detect, inference_network
 from detection.pictures import draw_boxes
-from predict import find_images
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
 

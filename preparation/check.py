@@ -8,9 +8,11 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from common.image_cache import decode_grey, in_processes, unreadable
+from common.files import list_lines
+from common.images import decode_grey, unreadable
 from common.runtime import UserError
-from dataset import GROUPS, SPLITS, class_counts, list_lines, parse_line, read_info
+from common.workers import in_processes
+from dataset import GROUPS, SPLITS, class_counts, parse_line, read_info
 
 
 def check_dataset(root, processes=None):

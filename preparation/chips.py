@@ -2,24 +2,22 @@
 
 The readers only plan the chips (`Chip`); `cut_chips` decodes each large image once and writes its chips."""
 
-import contextlib
 import math
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from common.files import read_json
-from common.image_cache import decode_grey, in_processes, unreadable
+from common.images import decode_grey, existing_folders, image_files, image_size, large_images, unreadable
 from common.runtime import UserError
-from preparation.sources import Source, existing_folders, image_files, read_released
+from common.workers import in_processes
+from preparation.sources import Source, read_released
 from recognition.published import DOTA
 
 MIN_EDGE = 4  # pixels; a chip of an object smaller than this is widened with the pixels around it
-MAX_SOURCE_PIXELS = 1_000_000_000  # Pillow's own limit would refuse the largest images of DOTA as decompression bombs
 
 
 class Chip(NamedTuple):
@@ -256,27 +254,6 @@ def _locate(entry, places, path):
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _large_images():
-    """Lift Pillow's limit on pixels to MAX_SOURCE_PIXELS for a while."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_SOURCE_PIXELS
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def image_size(path):
-    """(width, height), read from the header. Raises UserError for what is no image."""
-    with _large_images():
-        try:
-            with Image.open(path) as image:
-                return image.size
-        # A damaged header can make a decoder raise anything; whatever it is, this image is the one to name.
-        except Exception as error:
-            raise UserError(f"{path}: {unreadable(error)}") from None
-
-
 def cut_chips(chips, folder, processes):
     """Write grey PNGs. chips: [(relative path in `folder`, Chip)]. Raises UserError naming the image or chip."""
     chips_of = {}
@@ -294,7 +271,7 @@ def cut_chips(chips, folder, processes):
 def _cut_image(job):
     """Cut all chips of one image. Returns (None, their number), or (what went wrong, 0)."""
     path, cuts = job
-    with _large_images():
+    with large_images():
         try:
             grey = decode_grey(path)
         except Exception as error:

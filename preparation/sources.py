@@ -7,11 +7,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.images import IMAGE_SUFFIXES, existing_folders, image_files
 from common.runtime import UserError
 from dataset import GROUPS, read_list
 from recognition.published import FGSC23
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".ppm", ".pgm")
 
 
 @dataclass
@@ -29,24 +28,9 @@ class Source:
     notes: list = field(default_factory=list)
 
 
-def existing_folders(paths):
-    """`paths` as [Path]. Raises UserError for one that is no folder."""
-    for path in paths:
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no such folder")
-    return [Path(path) for path in paths]
-
-
 def subfolders(folder):
     """The folders in `folder`, hidden ones left out, in no order."""
     return [path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
-
-
-def image_files(folder):
-    """Names of the image files directly in `folder`, by suffix, hidden ones left out, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)
-                      and not entry.name.startswith(".") and entry.is_file())
 
 
 def _images_of_class(folder, label):

@@ -6,7 +6,7 @@ weights are 1), and self-calibrated sampling needs them by class."""
 import torch
 from torch import nn
 
-from resnet50 import fold_batch_norm
+from common.weights import fold_batch_norm
 
 
 def freeze(network, batch_norm="train", precision="fp32"):

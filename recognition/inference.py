@@ -10,10 +10,11 @@ import torch
 
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device
+from common.weights import fold_batch_norm
 from dataset import describe, network_input, read_info
 from recognition.exported import SUFFIXES, read_exported
 from recognition.published import DOTA, FGSC23
-from resnet50 import ResNet50, fold_batch_norm, load_state, read_weights
+from resnet50 import ResNet50, load_state, read_weights
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.image_cache import unreadable
+from common.images import unreadable
 from common.runtime import UserError
 from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size
 

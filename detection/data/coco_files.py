@@ -3,9 +3,9 @@
 import os
 
 from common.files import read_json
+from common.images import existing_folders
 from common.runtime import UserError
 from detection.data.records import LARGEST, Annotations, clip, is_name, is_number, noting, record_of
-from preparation.sources import existing_folders
 
 # The two boxes of no area in the published instances_train2017.json: their image ids and near corners.
 COCO_EMPTY = {200365: [296.65, 388.33], 550395: [9.98, 188.56]}

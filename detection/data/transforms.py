@@ -6,7 +6,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvF
 
-from common.image_cache import decode
+from common.images import decode
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of R, G, B in 0..255
 PAD_MULTIPLE = 32  # sides of a batch are multiples of it, so that the strides to 32 divide them

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from xml.etree import ElementTree
 
+from common.files import list_lines
+from common.images import IMAGE_SUFFIXES, existing_folders
 from common.runtime import UserError
-from dataset import list_lines
 from detection.data.records import Annotations, clip, is_name, is_number, noting, record_of
-from preparation.sources import IMAGE_SUFFIXES, existing_folders
 
 
 def read_image_set(path, images, findings):

@@ -3,9 +3,9 @@
 import torch
 
 from common.runtime import UserError, autocast, say
+from common.weights import fold_batch_norm
 from detection.checkpoint import load_detector
 from detection.distillers.ld import check_pair, imitation_losses, ld_losses
-from resnet50 import fold_batch_norm
 
 
 def load_teacher(settings, description, device, precision):

@@ -4,8 +4,9 @@ import torch
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from common.files import check_entries
+from common.weights import imagenet_state, with_batch_counts
 from detection.data.transforms import MEAN, STD
-from resnet50 import imagenet_state, read_weights, with_batch_counts
+from resnet50 import read_weights
 
 # depth: (block, blocks of each layer, channels of C3, C4, C5)
 DEPTHS = {18: (BasicBlock, [2, 2, 2, 2], (128, 256, 512)), 34: (BasicBlock, [3, 4, 6, 3], (128, 256, 512)),

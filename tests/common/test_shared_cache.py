@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from common.image_cache import ImageCache, decode_square
+from common.image_cache import ImageCache
+from common.images import decode_square
 from dataset import read_info, read_split
 from tests.support import PROJECT, draw_tiny
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import image_cache
-from common.image_cache import ImageCache, decode_grey, decode_square
+from common import image_cache, workers
+from common.image_cache import ImageCache
+from common.images import decode_grey, decode_square
 from common.runtime import UserError
 from dataset import ImageDataset, network_input, parse_line, read_info, read_split
 from tests.support import draw_tiny
@@ -161,7 +162,7 @@ def test_a_cache_of_another_name_replaces_none(own_tiny):
 
 def test_a_killed_decoder_is_one_error(tmp_path):
     with pytest.raises(UserError, match="was killed, probably for lack of memory"):
-        list(image_cache.in_processes(os._exit, [9, 9, 9], 2))
+        list(workers.in_processes(os._exit, [9, 9, 9], 2))
 
 
 def test_a_bad_image_stops_the_cache_and_leaves_none(own_tiny):

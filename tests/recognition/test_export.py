@@ -18,8 +18,9 @@ from torch import nn
 import export
 import predict
 from common.files import sha256_of
+from common.images import find_images
 from dataset import network_input
-from predict import decode, find_images
+from predict import decode
 from recognition.inference import batch_size, inference_network
 from resnet50 import ResNet50, read_weights
 from tests.support import PROJECT, TINY_GROUPS, authors_state, error_line, run_program

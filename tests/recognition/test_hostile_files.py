@@ -14,7 +14,7 @@ import baseline_cl_t2
 import baseline_resnet50
 import predict
 from common.files import load_checkpoint, read_json
-from common.image_cache import decode_grey
+from common.images import decode_grey
 from common.runtime import UserError, run_script
 from dataset import DatasetInfo, read_info, read_list, write_dataset
 from tests.support import FILES, QUICK, SMALL, alarm, printed_line, run_main, run_program, saved
