@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from common.files import check_entries, is_stored_whole, load_checkpoint
+from common.files import check_entries, is_metadata, is_stored_whole, load_checkpoint
 from common.runtime import UserError
 from common.weights import imagenet_state, with_batch_counts
 
@@ -91,10 +91,10 @@ def read_weights(path):
 
 def is_description(value):
     """Whether `value` is what this project's checkpoints say of themselves, each part of its kind."""
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in DESCRIPTION.items()):
+    if not is_metadata(value, DESCRIPTION):
         return False
     size = value["preprocessing"].get("image_size")
-    return (type(size) is int and 32 <= size <= 4096 and all(isinstance(name, str) for name in value["classes"])
+    return (type(size) is int and 32 <= size <= 4096
             and all(isinstance(ids, list) and all(type(each) is int for each in ids)
                     for ids in value["groups"].values()))
 

@@ -22,8 +22,9 @@ from common.charts import optional_picture
 from common.files import atomic_path, read_json, write_json
 from common.flags import add_flags
 from common.runtime import UserError, resolve_device, run_script, say
+from common.training import is_finished
 from recognition import report
-from recognition.engine import check_run, is_finished
+from recognition.engine import check_run
 from recognition.job_queue import Job, run_jobs, slots
 from recognition.settings import Settings, parse_settings
 

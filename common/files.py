@@ -165,6 +165,15 @@ def check_entries(path, state, expected, owner):
             raise UserError(f"{path}: {name} has shape {tuple(found.shape)}; expected {tuple(value.shape)}")
 
 
+def is_metadata(value: object, kinds: dict[str, type]) -> bool:
+    """Whether `value` is metadata of a checkpoint: a dict with an entry of each of the kinds, its class names strings.
+
+    kinds: {name: type}, `classes` a list."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return all(isinstance(name, str) for name in value["classes"])
+
+
 def publish_checkpoint(network, description, folder, name):
     """Write a network's weights and description to FOLDER/NAME-12345678.pt, the start of the file's SHA-256. The same
     weights and description give the same bytes, and so the same name."""

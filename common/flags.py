@@ -4,6 +4,7 @@ one group of settings."""
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from common.files import read_json
 from common.runtime import UserError
@@ -80,3 +81,10 @@ def check_output(settings, mine, data):
         if before != value:
             raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}; "
                             "give the settings it was started with, or another --output")
+
+
+def check_test_output(settings: Any, weights: Path) -> None:
+    """Raise UserError if `settings.output` holds another run than that of the weights to be tested."""
+    folder = Path(settings.output)
+    if weights.resolve().parent != folder.resolve() and (folder / "settings.json").exists():
+        raise UserError(f"{folder}: holds a run of its own; give another --output for the test of {weights}")

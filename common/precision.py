@@ -40,6 +40,12 @@ def resolve_precision(name, device):
     return name
 
 
+def precision_of_test(name: str, device: torch.device) -> str:
+    """As `resolve_precision`, but `auto` is fp32: a number that is compared with a published one should not depend on
+    the machine."""
+    return resolve_precision("fp32" if name == "auto" else name, device)
+
+
 def computes_in(precision, device):
     """Whether a device computes in a precision at all, fast or not."""
     return precision == "fp32" or device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())

@@ -5,14 +5,25 @@ this."""
 import importlib.util
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.files import append_json_line, atomic_path, load_checkpoint, read_json, read_json_lines, save_checkpoint
+from common.files import (
+    append_json_line,
+    atomic_path,
+    load_checkpoint,
+    read_json,
+    read_json_lines,
+    remove_partials,
+    save_checkpoint,
+    write_json,
+)
 from common.precision import PRECISIONS, computes_in, known_precision, resolve_precision
 from common.runtime import (
     Stopped,
@@ -103,6 +114,42 @@ def check_common_settings(settings):
         raise UserError(f"--batch-size {settings.batch_size}: not a multiple of the {world_size()} processes")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
+
+
+def check_batch_norm_has_pixels(settings: Any, side: int) -> None:
+    """Raise UserError where batch norm would see a single pixel in training: one image for each process, so small that
+    its last features are one pixel. side: of the images, in pixels."""
+    if settings.batch_size == world_size() and side <= 32:
+        raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
+                        "single pixel: nothing for batch norm to average; give a larger one, or larger images")
+
+
+def sgd(parameters: Iterable[torch.nn.Parameter], settings: Any, device: torch.device) -> torch.optim.SGD:
+    """SGD with momentum and weight decay, as the settings have them, over those parameters that are trained."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
+                           fused=device.type in ("cpu", "cuda"))
+
+
+def record_settings(settings: Any, identity: dict[str, Any], description: dict[str, Any]) -> None:
+    """Write settings.json into a new run's folder, on the first process only, and remove what killed processes have
+    left there. identity: the run's `run_identity`. description: the metadata of its checkpoints."""
+    folder = Path(settings.output)
+    if rank() == 0:
+        remove_partials(folder)
+        if not (folder / "settings.json").exists():
+            machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
+            write_json(folder / "settings.json", {**identity, **machine})
+
+
+def is_finished(settings: Any) -> bool:
+    """Whether the run to be resumed is finished: it has been tested, which is the last thing that a run does."""
+    return settings.resume and (Path(settings.output) / "results.json").exists()
+
+
+def say_finished(settings: Any) -> None:
+    """Print that there is nothing left to do."""
+    say(f"{Path(settings.output)}: is finished already, see results.json there")
 
 
 def run_precision(settings, device):

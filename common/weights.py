@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import get_model_weights
@@ -39,3 +40,11 @@ def fold_batch_norm(network):
                 setattr(module, convolution, folded)
                 setattr(module, norm, nn.Identity())
     return network
+
+
+def cast_convolutions(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give the convolutions of a frozen network, in place, weights of `dtype`: bf16 once and for all, where autocast
+    would cast them at every step, as it keeps no copy of weights that are not trained."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from common.files import list_lines
 from common.images import decode_grey, unreadable
 from common.runtime import UserError
+from common.text import print_findings
 from common.workers import in_processes
 from dataset import GROUPS, SPLITS, class_counts, parse_line, read_info
 
@@ -35,11 +36,7 @@ def check_dataset(root, processes=None):
     duplicate_errors, duplicate_notes = duplicate_findings(lists, contents)
     errors += errors_found + image_errors + duplicate_errors
     notes += notes_found + duplicate_notes
-    for kind, findings in (("error", errors), ("note", notes)):
-        for finding in findings:
-            print(f"{kind}: {finding}")
-    print(f"{len(errors)} error{'s' * (len(errors) != 1)}, {len(notes)} note{'s' * (len(notes) != 1)}")
-    return 1 if errors else 0
+    return print_findings(errors, notes)
 
 
 def print_table(info, labels):

@@ -6,7 +6,7 @@ weights are 1), and self-calibrated sampling needs them by class."""
 import torch
 from torch import nn
 
-from common.weights import fold_batch_norm
+from common.weights import cast_convolutions, fold_batch_norm
 
 
 def freeze(network, batch_norm="train", precision="fp32"):
@@ -25,9 +25,7 @@ def freeze(network, batch_norm="train", precision="fp32"):
     else:
         network = fold_batch_norm(network)
     if precision == "bf16":
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(torch.bfloat16)
+        cast_convolutions(network, torch.bfloat16)
     return network.requires_grad_(False).eval()
 
 

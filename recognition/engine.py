@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from common.charts import optional_picture
-from common.files import remove_partials, save_checkpoint, write_json
+from common.files import save_checkpoint
 from common.flags import check_output
 from common.runtime import (
     UserError,
@@ -21,7 +21,17 @@ from common.runtime import (
     sum_over_processes,
     world_size,
 )
-from common.training import check_common_settings, run_precision, to_device, train_epochs, trained_form
+from common.training import (
+    check_batch_norm_has_pixels,
+    check_common_settings,
+    is_finished,
+    record_settings,
+    run_precision,
+    say_finished,
+    to_device,
+    train_epochs,
+    trained_form,
+)
 from dataset import GROUPS, fingerprint, network_input
 from recognition import report
 from recognition.distillation import imitate, sums_by_class
@@ -56,15 +66,10 @@ def train(stage, settings, device):
     folder = Path(settings.output)
     precision, lists, mine = check_run(stage, settings, device)
     if is_finished(settings):
-        say(f"{folder}: is finished already, see results.json there")
-        return
+        return say_finished(settings)
     run = start_run(stage, settings, lists, device, precision)
     run.description = describe_run(run, mine)
-    if rank() == 0:
-        remove_partials(folder)
-        if not (folder / "settings.json").exists():
-            write_json(folder / "settings.json", {
-                **mine, **{key: run.description[key] for key in ("dataset", "device", "processes", "versions")}})
+    record_settings(settings, mine, run.description)
     train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
     chosen = "last" if settings.select == "last" else "best"
     say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
@@ -86,17 +91,10 @@ def check_run(stage, settings, device):
     return precision, lists, mine
 
 
-def is_finished(settings):
-    """Whether the run that is gone on with has been tested, which a stage does last."""
-    return settings.resume and (Path(settings.output) / "results.json").exists()
-
-
 def check_possible(stage, settings):
     """Raise UserError for settings that no data could make work, before any data is read."""
     check_common_settings(settings)
-    if settings.batch_size == world_size() and settings.image_size <= 32:
-        raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
-                        "single pixel: nothing for batch norm to average; give a larger one, or larger images")
+    check_batch_norm_has_pixels(settings, settings.image_size)
     if settings.sampler == "self-calibrated" and not settings.distillation:
         raise UserError("--sampler self-calibrated: needs the distillation losses; --no-distillation leaves none; give "
                         "--sampler class-aware")

@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from common.charts import as_label, new_figure, save_figure
 from common.files import atomic_path, read_json_lines, write_json
 from common.runtime import say
+from common.text import percent
 from dataset import GROUPS
 from recognition.settings import judged_on
 
@@ -45,21 +46,16 @@ def accuracies(confusion, info, classes, train_counts):
     }
 
 
-def percent(fraction, width=6):
-    """0.8873 -> ' 88.73'; None -> '     -'."""
-    return f"{'-' if fraction is None else format(100 * fraction, '.2f'):>{width}}"
-
-
 def results_table(results):
     """The table of one test as text: a line a class, then the summary."""
     width = max(len(row["name"]) for row in results["per_class"])
     lines = [f"{'id':>3} {'class':<{width}} {'group':<6} {'train':>6} {'test':>6} {'accuracy':>8}"]
     lines += [f"{row['id']:>3} {row['name']:<{width}} {row['group']:<6} {row['train']:>6} {row['test']:>6} "
-              f"{percent(row['accuracy'], 8)}" for row in results["per_class"]]
+              f"{percent(row['accuracy'], 2, 8)}" for row in results["per_class"]]
     lines.append("by image:   " + "   ".join(
-        f"{name} {percent(results[name]).strip()}" for name in ("overall", *GROUPS)))
+        f"{name} {percent(results[name], 2)}" for name in ("overall", *GROUPS)))
     lines.append("class mean: " + "   ".join(
-        f"{name} {percent(results[key]).strip()}"
+        f"{name} {percent(results[key], 2)}"
         for name, key in [("all", "mean_per_class"), *((group, f"{group}_class_mean") for group in GROUPS)]))
     lines.append(f"{results['images']} test images; {how_chosen(results)}; {results['parameters'] / 1e6:.2f} M "
                  f"parameters, {results['flops'] / 1e9:.2f} GFLOP and {results['ms_per_image']} ms an image at "
@@ -216,7 +212,7 @@ def draw_confusion(results, path):
         label.set_color(GROUP_COLOURS[row["group"]])
     axes.set_xlabel("predicted")
     axes.set_ylabel("true class (training images)")
-    overall = percent(results["overall"]).strip()
+    overall = percent(results["overall"], 2)
     axes.set_title(f"{as_label(results['dataset'])}, {results['stage']}: overall {overall} %", fontsize=9)
     save_figure(figure, path)
 

@@ -7,7 +7,7 @@ import torch
 
 from ClassAwareSampler import ClassAwareBatchSampler, SelfCalibratedBatchSampler, ShuffledBatchSampler
 from common.runtime import device_name, library_versions, rank, say, world_size
-from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume
+from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume, sgd
 from dataset import class_counts, describe
 from recognition.feature_cache import FeatureCache, open_feature_cache
 from recognition.losses import CosineClassifier, adjust_logits
@@ -85,9 +85,7 @@ def start_run(stage, settings, lists, device, precision):
     features = open_feature_cache(stage, settings, data, teachers, weights, device, precision)
     sampler = make_sampler(stage, settings, data.train, len(info.classes))
     network.to(device, memory_format=torch.channels_last)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum,
-                                weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
+    optimizer = sgd(network.parameters(), settings, device)
     flips = torch.Generator().manual_seed(settings.seed + 1)
     # A sampler that waits for each step's losses costs the look at them anyway.
     check_every = 1 if settings.sampler == "self-calibrated" else UNCHECKED_STEPS
