@@ -42,6 +42,7 @@ demo-detection: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/mypy common
 	$(BIN)/python -m pytest
 
 clean:

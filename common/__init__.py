@@ -1,1 +1,1 @@
-"""What classification and detection stand on: errors, files, flags, devices, images, the training loop."""
+"""Shared by recognition and detection: errors, files, flags, devices, images, the training loop."""

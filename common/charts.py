@@ -1,17 +1,22 @@
-"""Charts as PNG files, by matplotlib."""
+"""Charts as PNG files, drawn by matplotlib."""
 
 import contextlib
 import unicodedata
 import warnings
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.files import atomic_path
 from common.runtime import one_line, say
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def new_figure(width, height):
-    """An empty figure of so many inches."""
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, its size in inches."""
     # Imported late: it takes half a second, and only a chart needs it. No pyplot, so no window and no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -21,16 +26,16 @@ def new_figure(width, height):
     return figure
 
 
-def as_label(name, width=40):
-    """A name as matplotlib is to be given it: cut to so many columns, of which a Chinese, Japanese or Korean letter
-    takes two, and with `$` escaped, which would begin a formula."""
+def as_label(name: str, width: int = 40) -> str:
+    """A name for matplotlib: cut to `width` columns, of which a Chinese, Japanese or Korean letter takes two, and with
+    `$`, which would begin a formula, escaped."""
     ends = list(accumulate(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name))
     if ends and ends[-1] > width:
         name = name[:sum(end < width for end in ends)] + "…"
     return name.replace("$", r"\$")
 
 
-def save_figure(figure, path):
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
@@ -38,11 +43,11 @@ def save_figure(figure, path):
 
 
 @contextlib.contextmanager
-def optional_picture(path):
-    """Yield the path of a picture that is to be drawn, without what an earlier run has left there. A picture is no
-    result: one that cannot be drawn is a note and no error."""
+def optional_picture(path: Path) -> Iterator[Path]:
+    """Yield the path of a picture to be drawn, after removing the picture of an earlier run. A picture is not a result:
+    where it cannot be drawn, a note is printed and no error is raised."""
     path = Path(path)
-    with contextlib.suppress(OSError):  # what cannot be removed cannot be replaced either, and that is told
+    with contextlib.suppress(OSError):  # a file that cannot be removed cannot be replaced either: the note says so
         path.unlink(missing_ok=True)
     try:
         yield path

@@ -1,8 +1,8 @@
-"""Settings that are fields of a dataclass, flags of the same names, and the rule that an output folder holds one run of
-one group of settings."""
+"""Settings as fields of a dataclass, flags of the same names, and the rule that an output folder holds one run."""
 
 import argparse
 import dataclasses
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,20 @@ from common.files import read_json
 from common.runtime import UserError
 
 
-def setting(default, text, **flag):
-    """A field of a dataclass of settings: its default, its help text, and what argparse is told besides (choices,
+def setting(default: Any, text: str, **flag: Any) -> Any:
+    """A field of a dataclass of settings: its default, its help text, and further arguments for argparse (choices,
     type)."""
     return dataclasses.field(default=default, metadata={"help": text, "flag": flag})
 
 
-def epochs_list(text):
+def epochs_list(text: str) -> tuple[int, ...]:
     """"32,62,92" -> (32, 62, 92), the type of --lr-steps."""
     return tuple(int(number) for number in text.split(",") if number.strip())
 
 
-def add_flags(parser, fields):
-    """Give `parser` a flag for each of the dataclass fields; those that are not given stay out of the parsed
-    namespace."""
+def add_flags(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Field[Any]]) -> None:
+    """Add a flag to `parser` for each of the dataclass fields; the parsed namespace holds only the flags that were
+    given."""
     for field in fields:
         options = dict(field.metadata["flag"], help=field.metadata["help"], default=argparse.SUPPRESS)
         if field.type is bool:
@@ -35,7 +35,8 @@ def add_flags(parser, fields):
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
-def parse_flags(fields, description, argv=None):
+def parse_flags(fields: Iterable[dataclasses.Field[Any]], description: str | None,
+                argv: Sequence[str] | None = None) -> dict[str, Any]:
     """{name: value} of the flags that were given. description: a script's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="Settings that are not given have the values at the top of the script.")
@@ -43,26 +44,29 @@ def parse_flags(fields, description, argv=None):
     return vars(parser.parse_args(argv))
 
 
-def check_range(settings, name, low, high):
-    """Raise UserError for the setting `name` if it is not in low..high."""
+def check_range(settings: Any, name: str, low: float, high: float) -> None:
+    """Raise UserError unless the setting `name` is in low..high."""
     value = getattr(settings, name)
     if not low <= value <= high:
         raise UserError(f"--{name.replace('_', '-')} {value}: expected {low:g} to {high:g}")
 
 
-def run_identity(name, settings, not_part, **more):
-    """The plain values that make a run what it is: two runs with equal ones compute the same on the same device.
+def run_identity(stage: str, settings: Any, not_part: Collection[str], **more: Any) -> dict[str, Any]:
+    """The plain values that identify a run: two runs with equal ones compute the same on the same device.
 
-    name: of the stage. not_part: names of settings whose change does not make it another run. more: in place of
-    settings (what `auto` came to), or besides them (a fingerprint of the data, under `data`)."""
+    not_part: names of settings that may differ within a run. more: values in place of settings (the precision that
+    `auto` has become), or besides them (a fingerprint of the data, as `data`)."""
     values = {key: list(value) if isinstance(value, tuple) else value
               for key, value in dataclasses.asdict(settings).items() if key not in not_part}
-    return {"stage": name, **values, **more}
+    return {"stage": stage, **values, **more}
 
 
-def check_output(settings, mine, data):
-    """Raise UserError if `settings.output` holds another run than the one that is `mine` (its `run_identity`), or this
-    one and --resume is not given, or the results of a test. data: what is told apart by mine["data"], in words."""
+def check_output(settings: Any, identity: dict[str, Any], data: str) -> None:
+    """Raise UserError if `settings.output` holds another run than that of `identity` (a `run_identity`), or this run
+    and --resume is not given, or the results of a test.
+
+    A setting that the folder's settings.json lacks, being younger than the run, counts as its default. data: human-
+    readable name of what identity["data"] tells apart."""
     folder = Path(settings.output)
     path = folder / "settings.json"
     if not path.exists():
@@ -71,13 +75,13 @@ def check_output(settings, mine, data):
         return
     if not settings.resume:
         raise UserError(f"{folder}: holds a run already; go on with it by --resume, or give another --output")
-    theirs = read_json(path)
-    theirs = theirs if isinstance(theirs, dict) else {}
-    if theirs.get("data") != mine["data"]:
+    recorded = read_json(path)
+    recorded = recorded if isinstance(recorded, dict) else {}
+    if recorded.get("data") != identity["data"]:
         raise UserError(f"{folder}: holds a run on other {data} now; give another --output")
-    defaults = {field.name: field.default for field in dataclasses.fields(settings)}  # of settings younger than the run
-    for name, value in mine.items():
-        before = theirs.get(name, defaults.get(name))
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    for name, value in identity.items():
+        before = recorded.get(name, defaults.get(name))
         if before != value:
             raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}; "
                             "give the settings it was started with, or another --output")

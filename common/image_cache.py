@@ -5,7 +5,9 @@ import hashlib
 import os
 import shutil
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,15 +23,16 @@ CACHE_FORMAT = 1  # part of the cache's key: raise it when decode_grey or the re
 class ImageCache:
     """Every image of a data set as one (images, size, size) uint8 memory-mapped array.
 
-    The key covers each image's path, bytes and time of change, so an edited image is noticed; the file is renamed into
-    place when whole; a lock makes processes that start together build it once.
+    The key covers each image's path, size in bytes and modification time, so an edited image is noticed; the file is
+    renamed into place when it is complete; a lock makes processes that start together build it once.
 
-    images: the folder of the images. samples: the [dataset.Sample] whose images to hold. folder: where the cache lies.
-    name: of its file; a new cache replaces older ones of the same name and size. processes: decoders, None for one a
-    core. row_of: {relative path: row of the array}. key: changes with every image."""
+    images: the folder of the images. samples: their [dataset.Sample]. folder: of the cache. name: of its file; a new
+    cache replaces older ones of the same name and size. processes: number of decoders, None for one a core.
+    row_of: {relative path: row of the array}. key: changes with every image."""
 
-    def __init__(self, images, samples, size, folder, name="images", processes=None):
-        where = {}
+    def __init__(self, images: str | Path, samples: Sequence[Any], size: int, folder: str | Path, name: str = "images",
+                 processes: int | None = None):
+        where: dict[str, str] = {}
         for sample in samples:
             where.setdefault(sample.path, sample.where)
         paths = sorted(where)
@@ -41,25 +44,26 @@ class ImageCache:
         self.key = key
 
 
-def build_once(file, replaces, build):
-    """Call `build()`, which writes `file`, unless it is there; of processes that start together one builds. Afterwards
-    the files of the folder that match the pattern `replaces` are removed, and what killed builds of them have left."""
+def build_once(file: Path, replaces: str, build: Callable[[], None]) -> None:
+    """Call `build()`, which writes `file`, unless the file exists; of processes that start together only one builds.
+    The other files of the folder that match the pattern `replaces` are removed, and the remains of killed builds."""
     if file.exists():
         return
     with _locked(file.parent) as locked:
-        if locked:  # so no one else is at work on what is left here
+        if locked:  # so the remains are not of a build that is still running
             remove_partials(file.parent, replaces)
         if not file.exists():  # another process may have built it meanwhile
             build()
             for older in set(file.parent.glob(replaces)) - {file}:
-                with contextlib.suppress(OSError):  # Windows keeps what another process has mapped
+                with contextlib.suppress(OSError):  # Windows keeps files that another process has mapped
                     older.unlink()
 
 
-def _cache_key(images, paths, where, size):
-    """A hexadecimal key of what the cache is made from. Raises UserError for an absent image or a link that leaves."""
+def _cache_key(images: str | Path, paths: Sequence[str], where: dict[str, str], size: int) -> str:
+    """A hexadecimal key of the cache's images. Raises UserError for an absent image, or a link out of the folder."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {size}".encode())
-    root, inside = os.path.realpath(images), {}
+    root = os.path.realpath(images)
+    inside: dict[str, bool] = {}
     for path in paths:
         full = os.path.join(root, path)
         folder = os.path.dirname(full)
@@ -77,12 +81,13 @@ def _cache_key(images, paths, where, size):
     return digest.hexdigest()[:16]
 
 
-def _is_inside(path, root):
+def _is_inside(path: str, root: str) -> bool:
     real = os.path.realpath(path)
     return real == root or real.startswith(root + os.sep)
 
 
-def _build_cache(file, images, paths, where, size, processes):
+def _build_cache(file: Path, images: str | Path, paths: list[str], where: dict[str, str], size: int,
+                 processes: int | None) -> None:
     needed = len(paths) * size * size
     free = shutil.disk_usage(file.parent).free
     if needed > free:
@@ -97,34 +102,35 @@ def _build_cache(file, images, paths, where, size, processes):
         chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
         jobs = [(temporary, offset, images, chunk, paths[chunk.start:chunk.stop], size) for chunk in chunks]
         with tqdm(total=len(paths), desc=f"caching images at {size}x{size}", unit="image", disable=None) as bar:
-            for (path, reason), done in in_processes(_fill_cache, jobs, processes):
-                if reason:
+            for failure, done in in_processes(_fill_cache, jobs, processes):
+                if failure:
+                    path, reason = failure
                     raise UserError(f"{where[path]}: {Path(images) / path}: {reason}")
                 bar.update(done)
 
 
-def _fill_cache(job):
-    """Decode one chunk of images and write it at its place. Returns ((path, reason), count): reason None if all went
-    well."""
+def _fill_cache(job: tuple[Path, int, str | Path, range, list[str], int]) -> tuple[tuple[str, str] | None, int]:
+    """Decode one chunk of images and write it at its place. Returns (None, number of images), or ((path, reason),
+    number) of the first image that could not be read."""
     file, offset, images, rows, paths, size = job
     block = np.empty((len(rows), size, size), np.uint8)
     for number, path in enumerate(paths):
         try:
             block[number] = decode_square(os.path.join(images, path), size)
-        # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
+        # A damaged file can make a decoder raise any exception.
         except Exception as error:
             return (path, unreadable(error)), number
     with open(file, "r+b") as whole:
         whole.seek(offset + rows.start * size * size)
-        whole.write(block)
-    return (None, None), len(rows)
+        whole.write(block.tobytes())
+    return None, len(rows)
 
 
 @contextlib.contextmanager
-def _locked(folder):
-    """Hold an exclusive lock on `folder` (made if absent). The system drops it when the process dies, so none is ever
-    stale. Yields whether platform and file system have such a lock; without, two processes may both build a cache, and
-    either is whole."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on `folder` (made if absent). The system drops it when the process dies, so it is never
+    stale. Yields whether platform and file system have such a lock; without it two processes may both build a cache,
+    each of them complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below, outside this try
@@ -138,5 +144,3 @@ def _locked(folder):
             fcntl.flock(file, fcntl.LOCK_EX)
             locked = True
         yield locked
-
-

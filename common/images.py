@@ -1,8 +1,9 @@
-"""Image files: which they are, and their pixels in 8 bits."""
+"""Finding image files, and reading their pixels as 8 bits."""
 
 import contextlib
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +19,31 @@ MAX_SOURCE_PIXELS = 1_000_000_000  # Pillow's own limit would refuse the largest
 # ---- which files -----------------------------------------------------------------------------------------------------
 
 
-def existing_folders(paths):
-    """`paths` as [Path]. Raises UserError for one that is no folder."""
+def existing_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """`paths` as [Path]. Raises UserError for one that is not a folder."""
     for path in paths:
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such folder")
     return [Path(path) for path in paths]
 
 
-def image_files(folder):
-    """Names of the image files directly in `folder`, by suffix, hidden ones left out, sorted."""
+def image_files(folder: str | Path) -> list[str]:
+    """Sorted names of the image files directly in `folder`, known by their suffixes; hidden files are left out."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)
                       and not entry.name.startswith(".") and entry.is_file())
 
 
-def find_images(paths):
-    """Every image among `paths` in a stable order: files, folders searched through, lists (.txt). Raises UserError
-    for a path that does not exist or if there is no image at all."""
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Every image among `paths`, in a stable order. A path is an image, a folder to search recursively, or a list
+    (.txt). Raises UserError for a path that does not exist, and if there is no image at all."""
     suffixes = tuple(Image.registered_extensions())
-    images = []
-    for path in map(Path, paths):
+    sources = [Path(path) for path in paths]
+    images: list[Path] = []
+    for path in sources:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
-            images += [file for file in found if not file.name.startswith(".")]
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            images += [file for file in files if not file.name.startswith(".")]
         elif path.suffix.lower() == ".txt" and path.is_file():
             for _, line in list_lines(path):
                 name, _, label = line.rpartition(" ")
@@ -51,22 +53,22 @@ def find_images(paths):
         else:
             raise UserError(f"{path}: no such file or folder")
     if not images:
-        raise UserError(f"{' '.join(map(str, paths))}: no image here")
+        raise UserError(f"{' '.join(map(str, sources))}: no image here")
     return images
 
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def decode(path):
+def decode(path: str | Path) -> Image.Image:
     """Read an image file as an 8-bit PIL image of any mode.
 
-    16-bit images are scaled to 8 bits, an animation gives its first frame. Raises OSError or ValueError for what cannot
-    be read, an image bomb among it; damaged files can make Pillow raise others (see `unreadable`)."""
+    16-bit images are scaled to 8 bits, an animation gives its first frame. Raises OSError or ValueError for an
+    unreadable file or a decompression bomb; damaged files can make Pillow raise other exceptions (see `unreadable`)."""
     if not os.path.isfile(path):
         raise OSError("not a file")  # a named pipe would be waited for
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about transparency and damaged metadata, which are not used
+        warnings.simplefilter("ignore", UserWarning)  # about transparency and damaged metadata, both unused
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             if image.format == "EPS":
@@ -81,18 +83,18 @@ def decode(path):
             return image if image.mode in ("1", "L", "LA", "RGB", "RGBA") else image.convert("RGB")
 
 
-def decode_grey(path):
+def decode_grey(path: str | Path) -> Image.Image:
     """Read an image file as an 8-bit grey PIL image, as `decode` does; transparency is dropped."""
     return decode(path).convert("L")
 
 
-def decode_square(path, size):
+def decode_square(path: str | Path, size: int) -> np.ndarray:
     """(size, size) uint8 array: the grey image resized bicubically, its aspect ratio not kept (the paper's recipe)."""
     return np.asarray(decode_grey(path).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def unreadable(error):
-    """In a few words, why decode_grey failed."""
+def unreadable(error: Exception) -> str:
+    """A short reason for an exception of `decode`."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"refused: more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -101,8 +103,8 @@ def unreadable(error):
 
 
 @contextlib.contextmanager
-def large_images():
-    """Lift Pillow's limit on pixels to MAX_SOURCE_PIXELS for a while."""
+def large_images() -> Iterator[None]:
+    """Raise Pillow's limit on pixels to MAX_SOURCE_PIXELS while entered."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_SOURCE_PIXELS
     try:
         yield
@@ -110,12 +112,12 @@ def large_images():
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def image_size(path):
-    """(width, height), read from the header. Raises UserError for what is no image."""
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height), read from the header. Raises UserError for a file that is not an image."""
     with large_images():
         try:
             with Image.open(path) as image:
                 return image.size
-        # A damaged header can make a decoder raise anything; whatever it is, this image is the one to name.
+        # A damaged header can make a decoder raise any exception.
         except Exception as error:
             raise UserError(f"{path}: {unreadable(error)}") from None

@@ -1,13 +1,16 @@
-"""What every script here needs and no paper mentions: errors for the user, signals, devices, seeds, processes. Nothing
-in this module knows what is being trained."""
+"""The ground of every script: errors for the user, signals, devices, seeds, processes of torchrun. Independent of the
+network and data that are trained."""
 
 import contextlib
+import io
 import os
 import platform
 import random
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 
 import numpy as np
 import torch
@@ -15,25 +18,23 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend. The message is one line: what is wrong, where, what was
-    expected."""
+    """An error that the user can fix. The message is one line: what is wrong, where, and what was expected."""
 
 
 class Stopped(Exception):
-    """The work was stopped by a signal, and what is done is kept. The message says where, and how to go on."""
+    """A signal stopped the work, and the work done so far is kept. The message says where, and how to go on."""
 
-    def __init__(self, message, signal_number):
+    def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.status = 128 + signal_number
 
 
-def run_script(main):
-    """Call `main()` as a program: a `UserError`, or an OSError that none foresaw (a file name too long, say), becomes
-    one line on stderr and exit status 2, a signal 128 plus its number (Ctrl-C: 130).
-
-    Exits with the integer that `main` returns, if any (None counts as 0)."""
-    with contextlib.suppress(AttributeError):  # what the encoding of the output lacks is printed escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call `main()` as a program and exit with the status that it returns (None is 0). A `UserError`, or an unforeseen
+    OSError (a file name too long, say), becomes one line on stderr and exit status 2; a signal becomes status 128 plus
+    its number (Ctrl-C: 130)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the encoding lacks are printed escaped
     try:
         status = main()
     except (UserError, OSError) as error:
@@ -47,16 +48,16 @@ def run_script(main):
               "smaller images", file=sys.stderr, flush=True)
         status = 2
     except RuntimeError as error:
-        # What a rank sees of another's end: gloo says so in words, NCCL by a class of its own.
+        # How a rank notices that another has ended: gloo by the message, NCCL by an exception class.
         if not (world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))):
             raise
         print("error: another process of this job has ended or cannot be reached; see its own message; once that is "
-              "mended, the same command with --resume goes on", file=sys.stderr, flush=True)
+              "fixed, the same command with --resume goes on", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
-    # A rank that fails must not wait at exit for the others, which may be waiting for it in a collective.
+    # A failed rank must not wait at exit for the others, which may be waiting for it in a collective.
     if status and dist.is_available() and dist.is_initialized():
         sys.stdout.flush()
         os._exit(status)
@@ -64,8 +65,8 @@ def run_script(main):
     sys.exit(status)
 
 
-def one_line(error):
-    """An error in one printable line of bounded length, whatever a hostile file has put into it."""
+def one_line(error: BaseException) -> str:
+    """An error as one printable line of bounded length, whatever a hostile file has put into it."""
     message = str(error)
     if isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or message
@@ -74,24 +75,24 @@ def one_line(error):
 
 
 class StopSignals:
-    """While entered, Ctrl-C (SIGINT) and SIGTERM, with which clusters end a job, are noted in `received` (0 for none),
-    so that the work can stop where it leaves things whole. A second Ctrl-C is a KeyboardInterrupt at once.
+    """While entered, Ctrl-C (SIGINT) and SIGTERM, with which clusters end a job, are only recorded in `received` (0 for
+    none), so that the work can stop at a point where its files are complete. A second Ctrl-C raises KeyboardInterrupt.
 
     tell: called with the number of each signal."""
 
-    def __init__(self, tell=lambda number: None):
+    def __init__(self, tell: Callable[[int], object] = lambda number: None):
         self.received = 0
         self.tell = tell
 
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
@@ -101,7 +102,7 @@ class StopSignals:
 # ---- device, seeds ---------------------------------------------------------------------------------------------------
 
 
-def resolve_device(name):
+def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps` -> torch.device. `auto` is CUDA where there is one, else the CPU.
 
     Under torchrun `auto` and `cuda` mean the GPU of this process's local rank. Raises UserError for anything else."""
@@ -125,13 +126,13 @@ def resolve_device(name):
     return device
 
 
-def autocast(device, precision):
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context manager under which a forward pass runs in `precision`. Parameters and losses stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def seed_everything(seed):
-    """Seed Python, NumPy and torch (every device). Ranges: 0 <= seed < 2**32."""
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device). Raises UserError unless 0 <= seed < 2**32."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed}: expected 0 to {2**32 - 1}")
     random.seed(seed)
@@ -139,23 +140,23 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def library_versions():
-    """Versions of what a number depends on, as a dict of strings."""
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
     import torchvision
 
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": str(torchvision.__version__), "numpy": np.__version__}
 
 
-def device_name(device):
-    """A device in words, for reports: the GPU's name, or the CPU's model with its number of threads."""
+def device_name(device: torch.device) -> str:
+    """Human-readable name of a device: the GPU's name, or the CPU's model with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}: {processor_name()}, {torch.get_num_threads()} threads"
 
 
-def processor_name():
-    """The CPU's model where the system tells it, else the name of its kind."""
+def processor_name() -> str:
+    """The CPU's model where the system reports it, else the name of its architecture."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
         model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -165,52 +166,52 @@ def processor_name():
 # ---- processes (torchrun) --------------------------------------------------------------------------------------------
 
 
-def start_processes(device):
+def start_processes(device: torch.device) -> None:
     """Join the process group that torchrun describes in the environment; without torchrun do nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
 
-def stop_processes():
+def stop_processes() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def rank():
+def rank() -> int:
     """This process's number, 0 without torchrun."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def world_size():
-    """How many processes train together, 1 without torchrun."""
+def world_size() -> int:
+    """The number of processes that train together, 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_processes(tensor):
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed over all processes, in place; returns it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def max_over_processes(number, device):
-    """The largest of the non-negative integers that the processes give."""
+def max_over_processes(number: int, device: torch.device) -> int:
+    """The largest `number` of all processes; numbers are not negative."""
     if world_size() == 1:
         return number
-    found = torch.tensor(number, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
-def wait_for_all():
-    """Return when every process has come here."""
+def wait_for_all() -> None:
+    """Return when every process has made this call."""
     if world_size() > 1:
         dist.barrier()
 
 
-def say(*words):
+def say(*words: object) -> None:
     """Print on the first process only."""
     if rank() == 0:
         print(*words, flush=True)

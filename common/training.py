@@ -1,14 +1,13 @@
-"""How a network is trained here, whatever it is: step by step and epoch by epoch, with checkpoints from which a run
-goes on as if it had never been stopped. What is trained, on what and by which losses is the business of who calls
-this."""
+"""The training loop of any network: steps and epochs, with checkpoints from which a run goes on as if it had never been
+stopped. The network, its data and its losses are up to the caller."""
 
 import importlib.util
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -37,47 +36,57 @@ from common.runtime import (
     world_size,
 )
 
-UNCHECKED_STEPS = 50  # steps after which losses are looked at: to look at a value is to wait for the GPU
+UNCHECKED_STEPS = 50  # steps between two checks of the losses: to read a value is to wait for the GPU
+
+
+AnyRun = TypeVar("AnyRun", bound="TrainingRun")
+# (run, network in its form for training, batch) -> (names of the loss terms, their values (terms,)).
+TrainStep = Callable[[AnyRun, torch.nn.Module, Any], tuple[tuple[str, ...], torch.Tensor]]
 
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """What every training run holds. `state` and `restore` are its checkpoint: the parts that change; a kind of run
-    that has more of them adds them in `more_state` and `restore_more`.
+    """One training run. Its checkpoint is the parts that change: `state` returns them and `restore` takes them; a kind
+    of run with more such parts adds them in `more_state` and `restore_more`.
 
-    settings: at least output, epochs, batch_size, save_steps, resume, tensorboard. sampler: batches by their
-    order in an epoch; len() of it is the steps of an epoch."""
+    settings: a dataclass with at least output, epochs, batch_size, save_steps, resume, tensorboard. sampler: yields the
+    batches of an epoch; its len() is the number of steps."""
 
     name: str  # of the stage
-    settings: object
+    settings: Any
     device: torch.device
     precision: str
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    sampler: object
+    sampler: Any
     check_every: int = UNCHECKED_STEPS
     epoch: int = 0  # epochs finished
     step: int = 0  # steps done of the epoch after them
     loss_sums: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # (terms,) over these steps
     seconds: float = 0.0  # that these steps have taken
-    description: dict = field(default_factory=dict)  # what its checkpoints say of themselves
+    description: dict[str, Any] = field(default_factory=dict)  # metadata of its checkpoints
 
-    def more_state(self):
-        """What else changes, a dict of tensors and plain types."""
+    @property
+    def trainee(self) -> torch.nn.Module:
+        """The module whose parameters are trained: the network, and in some kinds of run others beside it."""
+        return self.network
+
+    def more_state(self) -> dict[str, Any]:
+        """Further parts that change, a dict of tensors and plain types."""
         return {}
 
-    def restore_more(self, state):
-        """Take over what `more_state` gave."""
+    def restore_more(self, state: dict[str, Any]) -> None:
+        """Take over the parts that `more_state` returned."""
 
-    def state(self):
-        """A dict of tensors and plain types."""
+    def state(self) -> dict[str, Any]:
+        """The parts that change, a dict of tensors and plain types."""
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "torch_random": torch.get_rng_state(), "epoch": self.epoch, "step": self.step,
                 "loss_sums": self.loss_sums, "seconds": self.seconds, **self.more_state()}
 
-    def restore(self, state):
-        """Go on where the run that gave `state` stood. Raises an exception of any kind for what is no such state."""
-        # Network and optimizer look for themselves.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the `state` of an earlier run. Raises an exception of any kind where it is not such a state."""
+        # Network and optimizer check their own parts.
         check_alike(state, {name: value for name, value in self.state().items() if name not in ("model", "optimizer")})
         if not (0 <= state["epoch"] <= self.settings.epochs and 0 <= state["step"] < len(self.sampler)):
             raise ValueError(f"epoch {state['epoch']} and step {state['step']} are not of this run")
@@ -89,18 +98,19 @@ class TrainingRun:
         self.restore_more(state)
 
 
-def check_alike(found, expected, name="the checkpoint"):
-    """Raise TypeError where `found` lacks a part of `expected`, or has one of another kind."""
-    if type(found) is not type(expected) or getattr(found, "dtype", None) != getattr(expected, "dtype", None):
+def check_alike(value: Any, expected: Any, name: str = "the checkpoint") -> None:
+    """Raise TypeError where `value` lacks a part of `expected`, or a part has another type."""
+    if type(value) is not type(expected) or getattr(value, "dtype", None) != getattr(expected, "dtype", None):
         raise TypeError(f"{name} is not a {type(expected).__name__} as it should be")
-    for key, value in expected.items() if isinstance(expected, dict) else ():
-        if key not in found:
-            raise TypeError(f"{name} lacks {key!r}")
-        check_alike(found[key], value, key)
+    if isinstance(expected, dict):
+        for key, part in expected.items():
+            if key not in value:
+                raise TypeError(f"{name} lacks {key!r}")
+            check_alike(value[key], part, key)
 
 
-def progress(run):
-    """In words, how far the run has come."""
+def progress(run: TrainingRun) -> str:
+    """The epochs and steps done, human-readable."""
     steps = f" and {run.step} of {len(run.sampler)} steps" if run.step else ""
     return f"{run.epoch} of {run.settings.epochs} epochs{steps}"
 
@@ -108,8 +118,8 @@ def progress(run):
 # ---- before training -------------------------------------------------------------------------------------------------
 
 
-def check_common_settings(settings):
-    """Raise UserError for settings that cannot work with these processes, or on this machine."""
+def check_common_settings(settings: Any) -> None:
+    """Raise UserError for settings that cannot work with the number of processes, or the installed packages."""
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size {settings.batch_size}: not a multiple of the {world_size()} processes")
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -152,9 +162,9 @@ def say_finished(settings: Any) -> None:
     say(f"{Path(settings.output)}: is finished already, see results.json there")
 
 
-def run_precision(settings, device):
-    """The precision that a run trains in, `fp32` or `bf16`, on every process that of the first: as --precision says. A
-    run that is resumed with `auto` keeps the one it was begun in, whatever `auto` may come to now, and says so."""
+def run_precision(settings: Any, device: torch.device) -> str:
+    """The precision that a run trains in, `fp32` or `bf16`, the first process's on all of them: that of --precision. A
+    run resumed with `auto` keeps the precision it was begun in, whatever `auto` would be now, and says so."""
     if settings.precision != "auto":
         return resolve_precision(settings.precision, device)
     choices = ("auto", *PRECISIONS)
@@ -165,33 +175,34 @@ def run_precision(settings, device):
     return resolve_precision(kept, device)
 
 
-def precision_begun_in(settings, device):
-    """The precision that the run to be resumed was begun in; `auto` if there is none, or none that this device has."""
+def precision_begun_in(settings: Any, device: torch.device) -> str:
+    """The precision that the run to be resumed was begun in; `auto` if there is no such run, or the device does not
+    support it."""
     path = Path(settings.output) / "settings.json"
     record = read_json(path) if settings.resume and path.exists() else {}
     precision = record.get("precision") if isinstance(record, dict) else None
     return precision if precision in PRECISIONS and computes_in(precision, device) else "auto"
 
 
-def is_resumed(settings):
-    """Whether there is a checkpoint to go on from, and it is asked for."""
+def is_resumed(settings: Any) -> bool:
+    """Whether --resume is given and there is a checkpoint to go on from."""
     return settings.resume and last_checkpoint(settings).exists()
 
 
-def last_checkpoint(settings):
-    """Where a run keeps the checkpoint that it is resumed from."""
+def last_checkpoint(settings: Any) -> Path:
+    """The file of the checkpoint that a run is resumed from."""
     return Path(settings.output) / "last.pt"
 
 
-def resume(run):
-    """Bring a new run to where its last checkpoint stands, and its log to the same epoch."""
+def resume(run: TrainingRun) -> None:
+    """With --resume, bring a new run to the state of its last checkpoint, and its log to the same epoch."""
     last = last_checkpoint(run.settings)
     if is_resumed(run.settings):
         try:
             run.restore(load_checkpoint(last))
         except UserError:
             raise
-        except Exception as error:  # a damaged state can make a load_state_dict raise anything
+        except Exception as error:  # a damaged state can make load_state_dict raise any exception
             raise UserError(f"{last}: not a checkpoint that this run can go on from ({error})") from None
     if run.settings.resume:
         trim_log(last.with_name("log.jsonl"), run.epoch)
@@ -199,19 +210,19 @@ def resume(run):
         say(f"resumed: {last}, {progress(run)} done")
 
 
-def trim_log(path, epochs):
-    """Drop the lines of epochs that the checkpoint to resume from does not hold."""
+def trim_log(path: Path, epochs: int) -> None:
+    """Drop the lines of epochs after the checkpoint to resume from."""
     if rank() == 0 and path.exists():
         records = read_json_lines(path, epochs)
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def trained_form(run, compiled=False):
-    """The network as it is trained: compiled if that is asked for, and wrapped where several processes train it."""
-    network = run.network
+def trained_form(run: TrainingRun, compiled: bool = False) -> torch.nn.Module:
+    """The trainee in its form for training: compiled on request, and wrapped where several processes train it."""
+    network: Any = run.trainee
     if compiled:
-        # On a GPU a batch of 8 is bound by the launching of its kernels: a graph of them is launched at once.
+        # On a GPU a batch of 8 is bound by kernel launches: a CUDA graph needs only one.
         network = torch.compile(network, mode="reduce-overhead" if run.device.type == "cuda" else None)
     if world_size() > 1:
         network = DistributedDataParallel(network, [run.device] if run.device.type == "cuda" else None)
@@ -221,13 +232,14 @@ def trained_form(run, compiled=False):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train_epochs(run, trained, batches, train_step, finish_epoch):
+def train_epochs(run: AnyRun, trained: torch.nn.Module, batches: Callable[[], Iterable[Any]],
+                 train_step: TrainStep[AnyRun], finish_epoch: Callable[[AnyRun, dict[str, Any]], None]) -> None:
     """Train until the last epoch is done.
 
-    trained: the `trained_form` of the run. batches(): what is left of the epoch, an iterable. train_step(run, trained,
-    batch): does a step and returns the names of the loss terms and their values, (terms,). finish_epoch(run, record):
-    called with run.epoch counted up; may add to the epoch's record for the log, and prints it. Raises UserError at a
-    loss that is not finite, Stopped when a signal has come."""
+    trained: the `trained_form` of the run. batches(): the rest of the epoch. train_step(run, trained, batch): does a
+    step and returns the names of the loss terms and their values, (terms,). finish_epoch(run, record): called after
+    run.epoch is counted up; may add to the epoch's record for the log, and prints it. Raises UserError at a loss that
+    is not finite, Stopped after a signal."""
     folder = Path(run.settings.output)
     writer = None
     if run.settings.tensorboard and rank() == 0:
@@ -238,7 +250,7 @@ def train_epochs(run, trained, batches, train_step, finish_epoch):
         while run.epoch < run.settings.epochs:
             record = train_one_epoch(run, trained, batches(), train_step, signals)
             run.epoch += 1
-            share_buffers(run.network)
+            share_buffers(run.trainee)
             finish_epoch(run, record)
             append_json_line(folder / "log.jsonl", record)
             save_last(run)
@@ -246,28 +258,31 @@ def train_epochs(run, trained, batches, train_step, finish_epoch):
                 write_scalars(writer, record)
             received = max_over_processes(signals.received, run.device)
             if received:
-                rest = "goes on from there" if run.epoch < run.settings.epochs else "tests what was trained"
+                rest = "goes on from there" if run.epoch < run.settings.epochs else "tests the trained network"
                 raise Stopped(f"stopped after {progress(run)}, kept in {folder}; the same command with --resume {rest}",
                               received)
     wait_for_all()  # until the first process has written its files
 
 
-def train_one_epoch(run, trained, batches, train_step, signals):
+def train_one_epoch(run: AnyRun, trained: torch.nn.Module, batches: Iterable[Any], train_step: TrainStep[AnyRun],
+                    signals: StopSignals) -> dict[str, Any]:
     """One pass over the training images, or the rest of one. Returns the epoch's record for the log: losses by name,
     learning rate, time.
 
-    trained: `run.network`, or its form for training. signals: StopSignals, heeded after a step."""
+    signals: checked after every step."""
     trained.train()
-    settings, steps, unchecked = run.settings, len(run.sampler), []
+    settings, steps = run.settings, len(run.sampler)
+    names: tuple[str, ...] = ()
+    unchecked: list[torch.Tensor] = []
     epoch, started = run.epoch + 1, time.perf_counter() - run.seconds
     bar = tqdm(batches, desc=f"{run.name} {epoch}/{settings.epochs}", leave=False, initial=run.step, total=steps,
                disable=rank() > 0 or None)
-    for batch in bar:  # drawn when asked for and not before: the last step may have changed the sampler's weights
+    for batch in bar:  # drawn only now: the last step may have changed the sampler's weights
         names, terms = train_step(run, trained, batch)
         unchecked.append(terms)
         run.loss_sums = run.loss_sums.to(run.device) + terms
         run.step += 1
-        look_around(run, names, unchecked, signals, started)
+        check_progress(run, names, unchecked, signals, started)
     means = (sum_over_processes(run.loss_sums) / world_size() / steps).tolist()
     seconds = time.perf_counter() - started
     run.step, run.loss_sums, run.seconds = 0, torch.zeros(()), 0.0
@@ -276,31 +291,34 @@ def train_one_epoch(run, trained, batches, train_step, signals):
             "images_per_second": round(steps * settings.batch_size / seconds, 1)}
 
 
-def to_device(tensors, device):
-    """CPU tensors on the device; to a GPU from pinned memory, so that the copies do not wait for the steps before."""
+def to_device(tensors: Iterable[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """CPU tensors, moved to the device; to a GPU from pinned memory, so that the copies do not wait for earlier
+    steps."""
     if device.type == "cuda":
         tensors = [tensor.pin_memory() for tensor in tensors]
     return [tensor.to(device, non_blocking=True) for tensor in tensors]
 
 
-def look_around(run, names, unchecked, signals, started):
-    """After a step: are the losses finite, is a checkpoint due, has a signal come? Raises UserError or Stopped.
+def check_progress(run: TrainingRun, names: Sequence[str], unchecked: list[torch.Tensor], signals: StopSignals,
+                   started: float) -> None:
+    """After a step: check that the losses are finite, save a checkpoint if one is due, and stop after a signal. Raises
+    UserError or Stopped.
 
-    names: of the loss terms. unchecked: [(terms,)] of the steps since the last look at them; emptied. started: when the
-    epoch began."""
+    names: of the loss terms. unchecked: [(terms,)] of the steps since the last check; emptied by a check. started: time
+    at which the epoch began."""
     last_of_epoch = run.step == len(run.sampler)
     due = run.settings.save_steps and run.step % run.settings.save_steps == 0 and not last_of_epoch
-    # Several processes must look at the same steps, and often, as that is also where they agree to stop.
-    together = world_size() > 1
-    look = (due or last_of_epoch or len(unchecked) >= (min(run.check_every, 10) if together else run.check_every)
-            or (signals.received and not together))
-    if look:
+    # Several processes must check at the same steps, and often, as there they also agree to stop.
+    distributed = world_size() > 1
+    check_every = min(run.check_every, 10) if distributed else run.check_every
+    check = due or last_of_epoch or len(unchecked) >= check_every or (signals.received and not distributed)
+    if check:
         check_finite(torch.stack(unchecked), names, run.name, run.epoch + 1, run.step)
         unchecked.clear()
     if last_of_epoch:
         return
-    # A signal may reach one process a step before the others: they stop together, after a look.
-    received = max_over_processes(signals.received, run.device) if look else 0
+    # A signal may reach one process a step before the others: they stop together, after a check.
+    received = max_over_processes(signals.received, run.device) if check else 0
     if not (due or received):
         return
     run.seconds = time.perf_counter() - started
@@ -310,36 +328,36 @@ def look_around(run, names, unchecked, signals, started):
                       "goes on from there", received)
 
 
-def check_finite(terms, names, name, epoch, last_step):
+def check_finite(terms: torch.Tensor, names: Sequence[str], stage: str, epoch: int, last_step: int) -> None:
     """Raise UserError naming the first loss term that is not finite, and its step.
 
-    terms: (steps, len(names)), of consecutive steps up to last_step, which is counted from 1. name: of the stage."""
+    terms: (steps, len(names)), of consecutive steps up to last_step, which is counted from 1."""
     bad = (~terms.isfinite()).nonzero().tolist()
     if bad:
         row, column = bad[0]
         step, value = last_step - len(terms) + 1 + row, terms[row, column].item()
-        raise UserError(f"stage {name}, epoch {epoch}, step {step}: {names[column]} is {value}; the checkpoints "
-                        "of before are kept; try a lower --lr or --precision fp32")
+        raise UserError(f"stage {stage}, epoch {epoch}, step {step}: {names[column]} is {value}; the checkpoints "
+                        "before it are kept; try a lower --lr or --precision fp32")
 
 
-def save_last(run):
-    """Write last.pt, from which `--resume` goes on."""
-    share_buffers(run.network)
-    if world_size() > 1:  # the checkpoint is the first process's: what it holds must be that of all
+def save_last(run: TrainingRun) -> None:
+    """Write last.pt, the checkpoint for `--resume`."""
+    share_buffers(run.trainee)
+    if world_size() > 1:  # the first process writes its own state: the sums must be those of all processes
         run.loss_sums = sum_over_processes(run.loss_sums.to(run.device)) / world_size()
     save_checkpoint(last_checkpoint(run.settings), {
         **run.state(), "description": {**run.description, "epoch": run.epoch}})
 
 
-def share_buffers(network):
-    """Give every process the batch-norm statistics of the first, so that all hold one network."""
+def share_buffers(network: torch.nn.Module) -> None:
+    """Give every process the batch-norm statistics of the first, so that all have the same network."""
     if world_size() > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
-def write_scalars(writer, record):
-    """Give the numbers of an epoch to TensorBoard."""
+def write_scalars(writer: Any, record: dict[str, Any]) -> None:
+    """Write the numbers of an epoch to TensorBoard."""
     for name, value in record.items():
         if name != "epoch" and isinstance(value, (int, float)):
             writer.add_scalar(name, value, record["epoch"])
