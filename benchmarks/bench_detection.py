@@ -18,16 +18,19 @@ from benchmarks.common import finish, interleaved, parser, print_table, set_up
 from common.precision import resolve_precision
 from common.runtime import autocast, run_script
 from common.weights import fold_batch_norm
-from detection.assigners.atss import assign_batch
+from detection.assigners.atss import assign_by_atss
+from detection.assigners.targets import ground_truth
 from detection.data.batches import Batch
 from detection.data.transforms import MEAN, STD
 from detection.distillers.ld import ld_losses
-from detection.engine import DetectionRun, train_step
+from detection.engine import Run, train_step
 from detection.geometry.anchors import make_anchors, pyramid_sizes
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import gfl_losses
-from detection.network.detector import Architecture, Detector, Outputs
-from detection.settings import LDSettings
+from detection.methods.gfl import GFL
+from detection.methods.ld import LD, LDSettings
+from detection.network.detector import Architecture, Detector
+from detection.network.gfl_head import Outputs
 
 CLASSES = 15  # DOTA's
 
@@ -52,11 +55,11 @@ def draw_batch(args):
 def our_step(args, batch, device, precision, teacher=None):
     """A function that does a training step of GFL, with a teacher of LD."""
     network = Detector(CLASSES, Architecture(args.depth), frozen=True).to(device, memory_format=torch.channels_last)
-    run = DetectionRun(name="gfl", settings=LDSettings(lr=1e-6), device=device, precision=precision, network=network,
-                       optimizer=sgd(network), sampler=[0], description={}, train_annotations=None,
-                       test_annotations=None, teacher=teacher)
-    network.train()
-    return lambda: train_step(run, network, batch)
+    run = Run(name="gfl", method=LD if teacher else GFL, settings=LDSettings(lr=1e-6), device=device,
+              precision=precision, network=network, optimizer=sgd(network), sampler=[0], description={},
+              train_annotations=None, test_annotations=None, teacher=teacher)
+    trained = run.trainee.train()
+    return lambda: train_step(run, trained, batch)
 
 
 def sgd(network):
@@ -103,10 +106,11 @@ def loss_step(args, batch, device, distils=False):
 
     def step():
         anchors, outputs = make_anchors(sizes, device), Outputs(logits, edges, [])
-        targets = assign_batch(anchors, boxes, labels, [args.objects] * args.batch_size, batch.sizes, CLASSES)
+        truth = ground_truth(boxes, labels, [args.objects] * args.batch_size, batch.sizes, CLASSES)
+        targets = assign_by_atss(anchors, truth)
         losses = gfl_losses(outputs, targets, anchors)
         if distils:
-            losses |= ld_losses(outputs, teacher, targets, anchors)
+            losses |= ld_losses(outputs, teacher, targets, anchors, LDSettings())
         sum(losses.values()).backward()
 
     return step

@@ -69,7 +69,7 @@ def parts(network, batches, device, precision, suppression):
 
     def boxes():
         for outputs, (_, sizes, scales) in zip(answers, batches, strict=True):
-            detections(outputs, sizes, scales, suppression)
+            detections(outputs, network.anchors(outputs.sizes, device), sizes, scales, suppression)
 
     answers = []
     for images, sizes, _ in batches:

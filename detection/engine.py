@@ -1,12 +1,12 @@
 """How a detector trains: from settings to a run, epoch by epoch, to the test of its last epoch. A stage script says
-WHAT (its settings; LDSettings bring a teacher)."""
+what: a `Method` and its settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from common.files import read_json_lines, remove_partials, save_checkpoint, sha256_of, write_json
+from common.files import read_json_lines, save_checkpoint, sha256_of
 from common.flags import check_output
 from common.runtime import (
     UserError,
@@ -23,96 +23,118 @@ from common.runtime import (
 )
 from common.training import (
     TrainingRun,
+    check_batch_norm_has_pixels,
     check_common_settings,
+    is_finished,
     is_resumed,
+    record_settings,
     resume,
     run_precision,
+    say_finished,
+    sgd,
     to_device,
     train_epochs,
     trained_form,
 )
 from detection import pictures
-from detection.assigners.atss import assign_batch
+from detection.assigners.targets import ground_truth
 from detection.checkpoint import describe_model, describe_preprocessing
 from detection.data.annotations import fingerprint, for_training, read_annotations
 from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, loader
 from detection.data.records import Annotations
 from detection.data.transforms import normalise
-from detection.distillers.teacher import distil, load_teacher
 from detection.evaluation import ap_of_run, read_test_annotations, test, test_only
-from detection.geometry.anchors import make_anchors, pyramid_sizes
-from detection.losses.gfl import gfl_losses
+from detection.geometry.anchors import pyramid_sizes
+from detection.methods.method import Method, Step
 from detection.network.backbone import initialise
-from detection.network.detector import Architecture, Detector
-from detection.settings import LDSettings, data_name, identity, parse_settings
+from detection.network.detector import Detector
+from detection.settings import data_name, identity, parse_settings
 
 FLIP = 0.5  # probability that a training image is mirrored
 WARMUP_RATIO = 0.001  # of the learning rate, where it starts
-COCO_CLASSES = 80
 
 
-def run_training(stage, settings, description, argv=None):
+def run_stage(method, settings, description, argv=None):
     """The main program of a stage script: parse the flags, then train and test, or only test. Exits the process."""
-    run_script(lambda: _run(stage, parse_settings(stage, settings, description, argv)))
+    run_script(lambda: _run(method, parse_settings(method.name, settings, description, argv)))
 
 
-def _run(stage, settings):
+def _run(method, settings):
     device = resolve_device(settings.device)
     start_processes(device)
     seed_everything(settings.seed)
     if settings.test_only:
         return test_only(settings, device)
-    return train(stage, settings, device)
+    return train(method, settings, device)
+
+
+class Trainee(torch.nn.Module):
+    """What is trained: the published network, and the companions that its method trains beside it."""
+
+    def __init__(self, student, companions, forward):
+        super().__init__()
+        self.student, self.companions, self.forward_of_method = student, torch.nn.ModuleDict(companions), forward
+
+    def forward(self, images, teacher):
+        """What the method's `forward` returns. images: (N, 3, H, W), normalised. teacher: the teacher's answer."""
+        return self.forward_of_method(self.student, self.companions, images, teacher)
 
 
 @dataclass(kw_only=True)
-class DetectionRun(TrainingRun):
-    """Everything that one training run of a detector holds."""
+class Run(TrainingRun):
+    """The state of one training run of a detector."""
 
+    method: Method
     train_annotations: Annotations
     test_annotations: Annotations
-    teacher: torch.nn.Module | None  # frozen; not a part of the network
+    teacher: torch.nn.Module | None  # frozen; not a part of what is trained
+    companions: dict = field(default_factory=dict)  # {name: network trained beside the published one}
 
     def __post_init__(self):
         self.dataset = DetectionDataset(self.train_annotations)
+        self._trainee = Trainee(self.network, self.companions, self.method.forward)
+
+    @property
+    def trainee(self):
+        return self._trainee
 
     def batches(self):
         """The batches that are left of the epoch."""
         self.sampler.set_position(self.epoch, self.step)
         return loader(self.dataset, self.sampler, self.settings.workers, self.device)
 
+    def more_state(self):
+        return {"companions": self.trainee.companions.state_dict()} if self.companions else {}
+
+    def restore_more(self, state):
+        if self.companions:
+            self.trainee.companions.load_state_dict(state["companions"])
+
 
 # ---- before training -------------------------------------------------------------------------------------------------
 
 
-def train(stage, settings, device):
+def train(method, settings, device):
     """Train a detector, keep `last.pt` for --resume and at the end `final.pt`, and test that: the last epoch, whatever
     the others would have scored on the test images."""
     folder = Path(settings.output)
     check_common_settings(settings)
-    if settings.batch_size == world_size() and settings.long <= 32 and settings.init == "none":
-        raise UserError(f"--batch-size {settings.batch_size}: leaves each process one image, whose last features are a "
-                        "single pixel: nothing for batch norm to average; give a larger one, or larger images")
-    to_train_on = for_training(read_annotations(settings.train, settings.images or None))
-    if not any(len(record.labels) for record in to_train_on.records):
+    if settings.init == "none" or not settings.frozen:  # else batch norm keeps its statistics
+        check_batch_norm_has_pixels(settings, settings.long)
+    train_annotations = for_training(read_annotations(settings.train, settings.images or None))
+    if not any(len(record.labels) for record in train_annotations.records):
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
-    to_test_on = read_test_annotations(settings, to_train_on.classes)
-    precision, distils = run_precision(settings, device), isinstance(settings, LDSettings)
-    mine = identity(stage, settings, precision, fingerprint(to_train_on),
-                    **({"teacher_sha256": teacher_sha256(settings)} if distils else {}))
+    test_annotations = read_test_annotations(settings, train_annotations.classes)
+    precision = run_precision(settings, device)
+    run_identity = identity(method.name, settings, precision, fingerprint(train_annotations),
+                            **({"teacher_sha256": teacher_sha256(settings)} if method.load_teacher else {}))
     if rank() == 0:
-        check_output(settings, mine, f"images, boxes or classes than {settings.train} has")
-    if settings.resume and (folder / "results.json").exists():
-        say(f"{folder}: is finished already, see results.json there")
+        check_output(settings, run_identity, f"images, boxes or classes than {settings.train} has")
+    if is_finished(settings):
+        say_finished(settings)
         return
-    description = describe(stage, settings, to_train_on, mine, device)
-    teacher = load_teacher(settings, description, device, precision) if distils else None
-    run = start_run(stage, settings, to_train_on, to_test_on, description, teacher, device, precision)
-    if rank() == 0:
-        remove_partials(folder)
-        if not (folder / "settings.json").exists():
-            write_json(folder / "settings.json", {
-                **mine, **{key: description[key] for key in ("dataset", "device", "processes", "versions")}})
+    run = start_run(method, settings, train_annotations, test_annotations, run_identity, device, precision)
+    record_settings(settings, run_identity, run.description)
     train_epochs(run, trained_form(run), run.batches, train_step, finish_epoch)
     if rank() == 0:
         pictures.draw_curves(read_json_lines(folder / "log.jsonl"), folder / "curves.png")
@@ -127,40 +149,41 @@ def teacher_sha256(settings):
     return sha256_of(settings.teacher)
 
 
-def describe(stage, settings, annotations, mine, device):
-    """What the run's checkpoints say of themselves, plain values."""
-    return {"stage": stage, "classes": list(annotations.classes), "model": describe_model(architecture(settings)),
+def describe_run(method, settings, annotations, run_identity, device):
+    """The metadata of the run's checkpoints, plain values. annotations: those to train on."""
+    return {"stage": method.name, "classes": list(annotations.classes),
+            "model": describe_model(method.architecture(settings)),
             "preprocessing": describe_preprocessing(settings.short[1], settings.long), "epoch": 0,
-            "dataset": data_name(settings.train), "settings": mine, "device": device_name(device),
+            "dataset": data_name(settings.train), "settings": run_identity, "device": device_name(device),
             "processes": world_size(), "versions": library_versions()}
 
 
-def architecture(settings):
-    """The detector's Architecture that the settings name."""
-    return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, settings.quality)
-
-
-def start_run(stage, settings, to_train_on, to_test_on, description, teacher, device, precision):
-    """A DetectionRun, new or resumed."""
-    torch.manual_seed(settings.seed)  # again: whatever was read before, a teacher among it, the same weights to start
+def start_run(method, settings, train_annotations, test_annotations, run_identity, device, precision):
+    """A Run, new or resumed."""
+    description = describe_run(method, settings, train_annotations, run_identity, device)
+    teacher = method.load_teacher(settings, description, device, precision) if method.load_teacher else None
+    torch.manual_seed(settings.seed)  # again: the same weights to start from, whatever was read before
+    num_classes = len(train_annotations.classes)
     frozen = settings.frozen and settings.init != "none"
-    network = Detector(len(to_train_on.classes), architecture(settings), frozen)
+    network = Detector(num_classes, method.architecture(settings), frozen)
     if not is_resumed(settings):
-        said = initialise(network.backbone, settings.depth, settings.init)
-        say(f"initialised: ResNet-{settings.depth} with {said}")
-    network.to(device, memory_format=torch.channels_last)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum,
-                                weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
-    shapes = [(record.height, record.width) for record in to_train_on.records]
+        say(f"initialised: ResNet-{settings.depth} with "
+            f"{initialise(network.backbone, settings.depth, settings.init)}")
+    companions = method.companions(num_classes, settings)
+    for trained in (network, *companions.values()):
+        trained.to(device, memory_format=torch.channels_last)
+    optimizer = sgd((parameter for trained in (network, *companions.values()) for parameter in trained.parameters()),
+                    settings, device)
+    shapes = [(record.height, record.width) for record in train_annotations.records]
     sampler = AspectRatioBatchSampler(shapes, settings.batch_size, settings.seed, rank(), world_size(), settings.short,
                                       settings.long, FLIP, settings.repeat)
-    run = DetectionRun(name=stage, settings=settings, device=device, precision=precision, network=network,
-                       optimizer=optimizer, sampler=sampler, description=description,
-                       train_annotations=to_train_on, test_annotations=to_test_on, teacher=teacher)
-    say(f"stage {stage} on {description['dataset']}: {len(to_train_on.classes)} classes, {len(shapes)} images with "
-        f"{sum(len(record.labels) for record in to_train_on.records)} objects to train on, {len(to_test_on.records)} "
-        "images to test")
+    run = Run(name=method.name, settings=settings, device=device, precision=precision, network=network,
+              optimizer=optimizer, sampler=sampler, description=description, method=method,
+              train_annotations=train_annotations, test_annotations=test_annotations, teacher=teacher,
+              companions=companions)
+    say(f"stage {run.name} on {description['dataset']}: {num_classes} classes, {len(shapes)} images with "
+        f"{sum(len(record.labels) for record in train_annotations.records)} objects to train on, "
+        f"{len(test_annotations.records)} images to test")
     short = "-".join(map(str, sorted(set(settings.short))))
     say(f"device {device_name(device)}; precision {precision}; seed {settings.seed}; batch {settings.batch_size} "
         f"({settings.batch_size // world_size()} on each of {world_size()} processes); lr "
@@ -173,7 +196,7 @@ def start_run(stage, settings, to_train_on, to_test_on, description, teacher, de
 
 
 def notes(run):
-    """In sentences, what of a run's settings does something else than its user may think."""
+    """Sentences about settings that do not do what they seem to: those of every run, then those of the method."""
     settings, steps = run.settings, run.settings.epochs * len(run.sampler)
     if 2 * settings.warmup_steps > steps:
         yield (f"--warmup-steps {settings.warmup_steps} are most of the {steps} steps of the run; a tenth of them is "
@@ -181,48 +204,48 @@ def notes(run):
     late = [str(epoch) for epoch in settings.lr_steps if epoch > settings.epochs]
     if late:
         yield f"--lr-steps {','.join(late)} never come: the run has {settings.epochs} epochs"
-    if not isinstance(settings, LDSettings):
-        return
-    images = settings.batch_size // world_size()
-    if images > 3 and settings.ld_norm == "none":
-        yield (f"LD's terms are sums over the {images} images of a process, and their weights are tuned for 2 or 3; "
-               "lower --lambda-ld-main and --lambda-ld-vlr in proportion, or see --ld-norm")
-    classes = run.network.num_classes
-    if classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
-        yield "with one class the classification's distillation is 0: its softmax has nothing to compare"
-    elif settings.lambda_kd_main / classes > 2 * 10 / COCO_CLASSES:
-        yield (f"the classification's distillation is a mean over the {classes} classes, and its weight of 10 was "
-               f"tuned for {COCO_CLASSES}; as strong here is --lambda-kd-main {10 * classes / COCO_CLASSES:g}")
+    yield from run.method.notes(settings, run.network.num_classes, settings.batch_size // world_size())
 
 
 # ---- a step, an epoch ------------------------------------------------------------------------------------------------
 
 
 def train_step(run, trained, batch):
-    """One step. Returns the names of the loss terms and their values, (terms,).
+    """One step. Returns the names of the loss terms and their weighted values, (terms,).
 
-    trained: `run.network`, or its form for training. batch: a data.Batch on the CPU."""
-    device = run.device
-    images, boxes, labels = to_device((batch.images, torch.cat(batch.boxes), torch.cat(batch.labels)), device)
-    # Before the network is asked: what waits for the GPU here does not wait for the network.
-    anchors = make_anchors(pyramid_sizes(*images.shape[2:]), device)
-    targets = assign_batch(anchors, boxes, labels, [len(own) for own in batch.boxes], batch.sizes,
-                           run.network.num_classes)
-    images = normalise(images, batch.sizes).contiguous(memory_format=torch.channels_last)
+    trained: `run.trainee`, or its form for training. batch: a batches.Batch on the CPU."""
+    method, settings, device = run.method, run.settings, run.device
+    step = start_step(run, batch)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.settings, run.epoch + 1, run.step, len(run.sampler))
+        group["lr"] = learning_rate(settings, run.epoch + 1, run.step, len(run.sampler))
     with autocast(device, run.precision):
-        outputs = trained(images)
-    losses = gfl_losses(outputs, targets, anchors, run.settings.box_loss)
-    if run.teacher is not None:
-        losses |= distil(run, images, outputs, targets, anchors)
-    terms = torch.stack(list(losses.values()))
+        if run.teacher is not None:
+            with torch.no_grad():
+                step.teacher = run.teacher(step.images)
+        step.outputs = trained(step.images, step.teacher)
+    if method.assigns_by_outputs:
+        step.targets = method.assign(step)
+    losses, weights = method.losses(step, settings), method.weights(settings)
+    terms = torch.stack([weights[name] * loss for name, loss in losses.items()])
     run.optimizer.zero_grad(set_to_none=True)
     terms.sum().backward()
-    if run.settings.clip:
-        torch.nn.utils.clip_grad_norm_(run.network.parameters(), run.settings.clip)
+    if settings.clip:
+        torch.nn.utils.clip_grad_norm_(run.trainee.parameters(), settings.clip)
     run.optimizer.step()
     return tuple(losses), terms.detach()
+
+
+def start_step(run, batch):
+    """The Step of a batch on the run's device. Its targets are in it already unless the method assigns by the outputs
+    of the networks: what waits for the GPU here does not wait for the forward pass."""
+    device = run.device
+    images, boxes, labels = to_device((batch.images, torch.cat(batch.boxes), torch.cat(batch.labels)), device)
+    truth = ground_truth(boxes, labels, [len(own) for own in batch.boxes], batch.sizes, run.network.num_classes)
+    anchors = run.network.anchors(pyramid_sizes(*images.shape[2:]), device)
+    step = Step(normalise(images, batch.sizes).contiguous(memory_format=torch.channels_last), truth, anchors)
+    if not run.method.assigns_by_outputs:
+        step.targets = run.method.assign(step)
+    return step
 
 
 def learning_rate(settings, epoch, step, steps_per_epoch):

@@ -5,9 +5,7 @@ import torch
 from common.runtime import autocast
 from common.weights import fold_batch_norm
 from detection.data.transforms import normalise
-from detection.geometry.anchors import make_anchors
 from detection.geometry.suppression import SUPPRESSIONS
-from detection.losses.gfl import class_scores, decoded_boxes
 
 CANDIDATES = 1000  # of each level, by their highest class score
 LEAST_SCORE = 0.05
@@ -30,14 +28,14 @@ def detect(network, images, sizes, scales, device, precision, suppression="nms")
     batch = normalise(images.to(device), sizes).contiguous(memory_format=torch.channels_last)
     with autocast(device, precision):
         outputs = network(batch)
-    return detections(outputs, sizes, scales, suppression)
+    anchors = network.anchors(outputs.sizes, device)
+    return detections(outputs, anchors, sizes, scales, suppression)
 
 
-def detections(outputs, sizes, scales, suppression="nms"):
-    """What `detect` returns, of the Outputs of a batch."""
-    anchors = make_anchors(outputs.sizes, outputs.logits.device)
-    boxes = decoded_boxes(outputs, anchors)  # (N, A, 4)
-    scores = class_scores(outputs)  # (N, A, C)
+def detections(outputs, anchors, sizes, scales, suppression="nms"):
+    """What `detect` returns, of the Outputs of a batch and their Anchors."""
+    boxes = outputs.boxes(anchors)  # (N, A, 4)
+    scores = outputs.scores  # (N, A, C)
     return [_detections_of_image(boxes[i], scores[i], anchors, sizes[i], scales[i], SUPPRESSIONS[suppression])
             for i in range(len(sizes))]
 

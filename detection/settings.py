@@ -7,8 +7,6 @@ from pathlib import Path
 
 from common.flags import check_range, epochs_list, parse_flags, run_identity, setting
 from common.runtime import UserError
-from detection.distillers.ld import LD_NORMS, METHODS
-from detection.distillers.regions import VLR_METRICS
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import BOX_LOSSES
 from detection.network.backbone import DEPTHS
@@ -83,26 +81,12 @@ class Settings:
     test_only: bool = setting(False, "train nothing: test --weights and write results.json")
     weights: str = setting("", "checkpoint to test (default: final.pt of --output)")
 
-
-@dataclass(frozen=True)
-class LDSettings(Settings):
-    """The settings of a GFL detector that a frozen teacher teaches."""
-
-    teacher: str = setting("runs/{data}/teacher/final.pt", "checkpoint of the teacher")
-    lambda_ld_main: float = setting(0.25, "weight of LD on the main region, the positive anchors")
-    lambda_ld_vlr: float = setting(0.25, "weight of LD on the valuable localization region")
-    lambda_kd_main: float = setting(10.0, "weight of the classification's distillation on the main region")
-    lambda_kd_vlr: float = setting(0.0, "... on the valuable localization region (the released code has 0)")
-    ld_temperature: float = setting(10.0, "temperature of LD")
-    kd_temperature: float = setting(2.0, "temperature of the classification's distillation")
-    ld_norm: str = setting("none", "what LD's sums are divided by: none (published), or avg_factor as GFL's box losses",
-                           choices=LD_NORMS)
-    gamma: float = setting(0.25, "how far down the valuable region reaches, as a share of ATSS's threshold")
-    vlr_metric: str = setting("diou", "measure of the valuable region: diou (paper) or iof_parity (released code)",
-                              choices=VLR_METRICS)
-    imitation: str = setting("none", "where the features of the pyramid imitate the teacher's",
-                             choices=("none", *METHODS))
-    lambda_imitation: float = setting(2.0, "weight of the imitation")
+    def ranges(self):
+        """[(name, lowest, highest)] of the settings that are numbers."""
+        return (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 64, 4096), ("tower_convs", 0, 16),
+                ("reg_max", 4, 64), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
+                ("weight_decay", 0, 1e3), ("clip", 0, 1e9), ("repeat", 1, 1e6), ("long", 32, 1e5),
+                ("workers", 0, 1024), ("test_every", 0, 1e6), ("save_steps", 0, 1e9))
 
 
 # Changing these does not make it another run.
@@ -140,15 +124,7 @@ def data_name(source):
 
 def check_ranges(settings):
     """Raise UserError for the first setting that is out of its range."""
-    ranges = (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 64, 4096), ("tower_convs", 0, 16),
-              ("reg_max", 4, 64), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
-              ("weight_decay", 0, 1e3), ("clip", 0, 1e9), ("repeat", 1, 1e6), ("long", 32, 1e5), ("workers", 0, 1024),
-              ("test_every", 0, 1e6), ("save_steps", 0, 1e9))
-    if isinstance(settings, LDSettings):
-        ranges += (*((name, 0, 1e6) for name in ("lambda_ld_main", "lambda_ld_vlr", "lambda_kd_main", "lambda_kd_vlr",
-                                                 "lambda_imitation")),
-                   ("ld_temperature", 1e-3, 1e6), ("kd_temperature", 1e-3, 1e6), ("gamma", 0, 1))
-    for name, low, high in ranges:
+    for name, low, high in settings.ranges():
         check_range(settings, name, low, high)
     low, high = settings.short
     if not 32 <= low <= high <= 1e5:

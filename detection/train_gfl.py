@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 -m detection.train_gfl --depth 18
 """
 
-from detection.engine import run_training
+from detection.engine import run_stage
+from detection.methods.gfl import GFL
 from detection.settings import Settings
 
 # Edit here, or give the flag of the same name (batch_size is --batch-size); --help lists every setting there is.
@@ -25,5 +26,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
+METHOD = GFL
+
 if __name__ == "__main__":
-    run_training("gfl", SETTINGS, __doc__)
+    run_stage(METHOD, SETTINGS, __doc__)

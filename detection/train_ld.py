@@ -5,8 +5,8 @@
     python -m detection.train_ld --teacher runs/mine/gfl/final.pt --lambda-kd-main 0 --lambda-ld-vlr 0    # self-LD
 """
 
-from detection.engine import run_training
-from detection.settings import LDSettings
+from detection.engine import run_stage
+from detection.methods.ld import LD, LDSettings
 
 # Edit here, or give the flag of the same name (batch_size is --batch-size); --help lists every setting there is.
 SETTINGS = LDSettings(
@@ -31,5 +31,7 @@ SETTINGS = LDSettings(
     seed=0,
 )
 
+METHOD = LD
+
 if __name__ == "__main__":
-    run_training("ld", SETTINGS, __doc__)
+    run_stage(METHOD, SETTINGS, __doc__)

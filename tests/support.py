@@ -18,7 +18,7 @@ import baseline_cl_s_weight
 import recognition.engine
 from common.runtime import run_script
 from dataset import DatasetInfo, write_dataset
-from detection.engine import run_training
+from detection import engine
 from recognition.engine import run_stage
 from recognition.run import start_run
 from recognition.settings import parse_settings
@@ -145,10 +145,10 @@ def authors_state(classes=23, prefix=""):
     return state
 
 
-def run_detector(module, stage, *arguments):
+def run_detector(module, *arguments):
     """Run a stage script's program in this process. Returns its exit status."""
     with pytest.raises(SystemExit) as exit_:
-        run_training(stage, module.SETTINGS, "", [str(argument) for argument in arguments])
+        engine.run_stage(module.METHOD, module.SETTINGS, "", [str(argument) for argument in arguments])
     return exit_.value.code or 0
 
 

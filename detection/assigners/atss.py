@@ -1,9 +1,9 @@
-"""Which anchors answer for which object: adaptive training sample selection (ATSS, Zhang et al., CVPR 2020)."""
+"""Adaptive training sample selection (ATSS, Zhang et al., CVPR 2020) assigns anchors to objects."""
 
-from dataclasses import dataclass
 
 import torch
 
+from detection.assigners.targets import targets_of_matches
 from detection.geometry.anchors import valid_anchors
 from detection.geometry.boxes import centres, distances, iou
 
@@ -12,30 +12,18 @@ INSIDE = 0.01  # pixels by which the centre of a positive anchor is inside its o
 CHUNK = 512  # objects compared with all anchors at once: a (512, 22400) matrix of distances is 46 MB
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What every anchor of a batch is to predict. N images, A anchors, T objects of all images together."""
-
-    labels: torch.Tensor  # (N, A) int64 class of the matched object, num_classes for background
-    boxes: torch.Tensor  # (N, A, 4) box of the matched object in pixels, zeros for background
-    matched: torch.Tensor  # (N, A) int64 index of the matched object among the T, -1 for background
-    valid: torch.Tensor  # (N, A) bool: whether the anchor lies on its image
-    positives: tuple  # image (P,) and anchor (P,) of the positive anchors, int64
-    gt_boxes: torch.Tensor  # (T, 4) pixels
-    image_of: torch.Tensor  # (T,) int64 the image of each object
-    thresholds: torch.Tensor  # (T,) the IoU from which an anchor is positive for each object
-
-    @property
-    def positive(self):
-        """(N, A) bool: the main region, anchors that answer for an object."""
-        return self.matched >= 0
+def assign_by_atss(anchors, truth):
+    """The Targets of a batch. anchors: Anchors. truth: GroundTruth, on their device."""
+    valid = valid_anchors(anchors, truth.image_sizes)
+    matched, thresholds = atss(anchors, truth.boxes, truth.image_of, valid)
+    return targets_of_matches(matched, valid, thresholds, truth)
 
 
 def atss(anchors, boxes, image_of, valid):
     """Match the anchors of a batch to its objects, all images at once.
 
     anchors: Anchors. boxes: (T, 4) objects in pixels. image_of: (T,) int64 their images. valid: (N, A) bool.
-    Returns matched (N, A) int64, the object that an anchor answers for or -1; and the objects' thresholds (T,).
+    Returns matched (N, A) int64, the object that an anchor is assigned to or -1; and the objects' thresholds (T,).
 
     The candidates of an object are the TOPK anchors of each level whose centres lie nearest to its own; its threshold
     is mean + standard deviation (of a sample) of their IoU with it. Positive are the candidates at least as good as
@@ -76,19 +64,3 @@ def nearest(anchors, boxes, image_of, valid):
         taken.append(least.values < torch.inf)
         start += level.shape[1]
     return torch.cat(candidates, dim=1), torch.cat(taken, dim=1)
-
-
-def assign_batch(anchors, boxes, labels, counts, image_sizes, num_classes):
-    """The Targets of a batch.
-
-    boxes, labels: (T, 4) in pixels and (T,) int64 of all images together, image after image, on the device of the
-    anchors. counts: how many of them each image has. image_sizes: [(height, width)] of the images before they were
-    padded to the size of the batch."""
-    valid = valid_anchors(anchors, image_sizes)
-    image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(boxes.device, non_blocking=True)
-    matched, thresholds = atss(anchors, boxes, image_of, valid)
-    # One more entry, for the index -1 of the background.
-    known = torch.cat([labels, labels.new_full((1,), num_classes)])
-    places = torch.cat([boxes, boxes.new_zeros(1, 4)])
-    return Targets(known[matched], places[matched], matched, valid, (matched >= 0).nonzero(as_tuple=True), boxes,
-                   image_of, thresholds)

@@ -1,44 +1,42 @@
-"""The frozen teacher of a detector, and what it asks of its student."""
+"""The frozen teacher of a detector."""
 
 import torch
 
-from common.runtime import UserError, autocast, say
-from common.weights import fold_batch_norm
+from common.runtime import UserError, say
+from common.weights import cast_convolutions, fold_batch_norm
 from detection.checkpoint import load_detector
-from detection.distillers.ld import check_pair, imitation_losses, ld_losses
+
+GRID = ("strides", "anchor_scale", "anchor_offset")  # entries of a model's description that place its anchors
 
 
-def load_teacher(settings, description, device, precision):
-    """The teacher of a run: frozen, in eval mode, its batch norms part of its convolutions, on the device.
+def load_teacher(path, student, device, precision, shared=GRID):
+    """The detector of a checkpoint as a teacher: frozen, in eval mode, its batch norms part of its convolutions.
 
-    description: the student's. Raises UserError for a teacher that no such student can learn from."""
+    student: the description of the student. shared: entries of the models' descriptions that must be equal. Raises
+    UserError for a teacher that no such student can learn from."""
     try:
-        teacher, theirs = load_detector(settings.teacher)
-        check_pair(description, theirs, settings.imitation != "none")
+        teacher, description = load_detector(path)
+        check_pair(student, description, shared)
     except UserError as error:
-        raise UserError(f"--teacher {settings.teacher}: {error}") from None
-    say(f"teacher: {settings.teacher}, {theirs['stage']} at epoch {theirs['epoch']}, ResNet-{theirs['model']['depth']}")
+        raise UserError(f"--teacher {path}: {error}") from None
+    say(f"teacher: {path}, {description['stage']} at epoch {description['epoch']}, "
+        f"ResNet-{description['model']['depth']}")
     teacher = fold_batch_norm(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
-    if precision == "bf16":  # as autocast would at every step; of weights that are not trained it keeps no copy
-        for module in teacher.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.to(torch.bfloat16)
+    if precision == "bf16":
+        cast_convolutions(teacher, torch.bfloat16)
     return teacher
 
 
-def distil(run, images, student, targets, anchors):
-    """The losses towards the teacher on a batch, {name: scalar}. The teacher sees the very images of its student, once.
+def check_pair(student, teacher, shared=GRID):
+    """Raise UserError, naming the first difference, unless a student can learn from a teacher.
 
-    images: (N, 3, H, W), normalised. student: its Outputs. targets, anchors: Targets and Anchors of the batch."""
-    settings = run.settings
-    with torch.no_grad(), autocast(run.device, run.precision):
-        teacher = run.teacher(images)
-    losses = ld_losses(
-        student, teacher, targets, anchors, lambda_ld_main=settings.lambda_ld_main,
-        lambda_ld_vlr=settings.lambda_ld_vlr, lambda_kd_main=settings.lambda_kd_main,
-        lambda_kd_vlr=settings.lambda_kd_vlr, ld_temperature=settings.ld_temperature,
-        kd_temperature=settings.kd_temperature, ld_norm=settings.ld_norm, gamma=settings.gamma,
-        vlr_metric=settings.vlr_metric)
-    if settings.imitation != "none":
-        losses |= imitation_losses(settings.imitation, student, teacher, targets, anchors, settings.lambda_imitation)
-    return losses
+    student, teacher: descriptions {"classes": [names], "model": {"strides": [..], "anchor_scale": .., ...}}, as in
+    their checkpoints. shared: the entries of "model" that must be equal."""
+    pairs = [("the number of classes", len(student["classes"]), len(teacher["classes"]))]
+    pairs += [(f"the name of class {number}", *names)
+              for number, names in enumerate(zip(student["classes"], teacher["classes"], strict=False))]
+    pairs += [(name, student["model"][name], teacher["model"][name]) for name in shared]
+    for what, of_student, of_teacher in pairs:
+        if of_student != of_teacher:
+            raise UserError(f"teacher and student differ in {what}: {of_teacher!r} in the teacher, {of_student!r} in "
+                            "the student; distillation expects the same in both")

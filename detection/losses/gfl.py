@@ -1,13 +1,11 @@
-"""Generalized Focal Loss (GFL: Li et al., NeurIPS 2020), and the divergence that distillation is made of. Functions of
-tensors alone; a term of the paper is a function of its name."""
+"""Generalized Focal Loss (GFL: Li et al., NeurIPS 2020). A term of the paper is a function of its name."""
 
 import torch.nn.functional as F
 
-from common.runtime import sum_over_processes, world_size
 from detection.geometry.boxes import boxes_at, ciou, distances, expected_distances, giou, iou
+from detection.losses.reduction import mean_over_processes
 
 BETA = 2.0  # exponent of the quality focal loss
-BOX_WEIGHT, DFL_WEIGHT = 2.0, 0.25
 BOX_LOSSES = {"giou": giou, "ciou": ciou}
 
 
@@ -40,25 +38,10 @@ def distribution_focal_loss(edges, targets):
     return -(below + 1 - targets) * left - (targets - below) * right
 
 
-def mean_kl(student, teacher, temperature):
-    """T^2 / n * sum_k p_k (log p_k - log q_k), p = softmax(teacher / T), q = softmax(student / T).
-
-    student, teacher: (..., n) logits; no gradient reaches the teacher's. Returns (...). The MEAN over the n bins, not
-    the sum of Hinton et al. (2015), is what the published weights of LD are tuned for (its code's reduction)."""
-    log_q = (student.float() / temperature).log_softmax(dim=-1)
-    log_p = (teacher.detach().float() / temperature).log_softmax(dim=-1)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).mean(dim=-1)
-
-
-def mean_over_processes(value):
-    """A scalar tensor's mean over the processes that train together."""
-    return sum_over_processes(value.clone()) / world_size() if world_size() > 1 else value
-
-
 def gfl_losses(outputs, targets, anchors, box_loss="giou"):
-    """The losses of a GFL detector on a batch, {name: scalar}: `qfl` of the classes, `box` (GIoU) and `dfl`.
+    """The unweighted losses of a GFL detector on a batch, {name: scalar}: `qfl` of the classes, `box` and `dfl`.
 
-    outputs: detector.Outputs. targets: assignment.Targets. anchors: Anchors. box_loss: giou, or ciou (the published
+    outputs: Outputs. targets: Targets. anchors: Anchors. box_loss: giou, or ciou (the published
     recipe on VOC). The quality of a positive is the IoU of its decoded box with its object; its box losses are weighted
     by its highest class score w_a. `qfl` is divided by the number of positives, the box losses by the sum of w_a,
     both as means over the processes."""
@@ -66,11 +49,11 @@ def gfl_losses(outputs, targets, anchors, box_loss="giou"):
     image, anchor = targets.positives
     strides = anchors.strides[anchor, None]  # (P, 1)
     points, wanted = anchors.centres[anchor] / strides, targets.boxes[image, anchor] / strides
-    own_edges = edges[image, anchor]  # (P, 4, R + 1)
-    decoded = boxes_at(points, expected_distances(own_edges))  # (P, 4), in units of the stride
+    positive_edges = edges[image, anchor]  # (P, 4, R + 1)
+    decoded = boxes_at(points, expected_distances(positive_edges))  # (P, 4), in units of the stride
     quality = logits.new_zeros(logits.shape[:2])  # (N, A)
     quality[image, anchor] = iou(decoded.detach(), wanted)
-    scores = class_scores(outputs)
+    scores = outputs.scores
     if outputs.quality is None:
         by_anchor = quality_focal_loss(logits.flatten(0, 1), targets.labels.flatten(), quality.flatten())
     else:
@@ -82,18 +65,12 @@ def gfl_losses(outputs, targets, anchors, box_loss="giou"):
     by_box = 1 - BOX_LOSSES[box_loss](decoded, wanted)
     last_bin = edges.shape[-1] - 1
     wanted_distances = distances(points, wanted, last_bin - 0.1)  # (P, 4)
-    by_edge = distribution_focal_loss(own_edges.flatten(0, 1), wanted_distances.flatten()).view(-1, 4)
+    by_edge = distribution_focal_loss(positive_edges.flatten(0, 1), wanted_distances.flatten()).view(-1, 4)
     return {
         "qfl": (by_anchor * targets.valid.flatten()).sum() / mean_over_processes(positives).clamp(min=1),
-        "box": BOX_WEIGHT * (by_box * weights).sum() / total_weight,
-        "dfl": DFL_WEIGHT * (by_edge.mean(dim=1) * weights).sum() / total_weight,
+        "box": (by_box * weights).sum() / total_weight,
+        "dfl": (by_edge.mean(dim=1) * weights).sum() / total_weight,
     }
-
-
-def class_scores(outputs):
-    """(N, A, C) scores in 0..1: the sigmoid of the logits, in GFocal V2 times the quality."""
-    scores = outputs.logits.sigmoid()
-    return scores if outputs.quality is None else scores * outputs.quality
 
 
 def confidence(scores):
@@ -101,6 +78,3 @@ def confidence(scores):
     return scores.detach().amax(dim=-1)
 
 
-def decoded_boxes(outputs, anchors):
-    """(N, A, 4) boxes that a detector predicts, in pixels."""
-    return boxes_at(anchors.centres, expected_distances(outputs.edges) * anchors.strides[:, None])

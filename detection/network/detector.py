@@ -1,117 +1,24 @@
-"""The detector: ResNet, feature pyramid, and the head of Generalized Focal Loss (GFL)."""
+"""The detector: ResNet, feature pyramid, head."""
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import Conv2dNormActivation
 
-from detection.geometry.anchors import STRIDES
+from detection.geometry.anchors import make_anchors
 from detection.network.backbone import Backbone
-
-PRIOR = 0.01  # the score that every anchor starts from, so that the many negatives do not drown the rest
-
-
-@dataclass
-class Outputs:
-    """What a detector says of a batch. N images, A anchors of all levels, C classes."""
-
-    logits: torch.Tensor  # (N, A, C) classification logits, fp32
-    edges: torch.Tensor  # (N, A, 4, R + 1) logits of the distances 0..R to the left, top, right and bottom side, fp32
-    features: list  # 5 maps (N, channels, H_l, W_l), P3 to P7
-    quality: torch.Tensor | None = None  # (N, A, 1) in 0..1: GFocal V2's estimate of the IoU
-
-    @property
-    def sizes(self):
-        """((H_l, W_l), ...) of the levels."""
-        return tuple(tuple(feature.shape[2:]) for feature in self.features)
+from detection.network.gfl_head import GFLHead
+from detection.network.pyramid import FeaturePyramid
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a detector is, in plain values; they stand in its checkpoints. The defaults are the published ones."""
+    """The parts of a detector, as plain values that its checkpoints hold. The defaults are the published ones."""
 
     depth: int = 50  # of the ResNet
     channels: int = 256  # of pyramid and towers
     tower_convs: int = 4  # convolutions of each tower
     reg_max: int = 16  # R: the largest distance to a side, in strides
     quality: bool = False  # GFocal V2's quality branch
-
-
-class FeaturePyramid(nn.Module):
-    """C3, C4, C5 -> P3 to P7 (Lin et al., CVPR 2017). P6 is made of P5 and P7 of P6, without ReLU between them."""
-
-    def __init__(self, in_channels, channels):
-        super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(count, channels, 1) for count in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.extra = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(2))
-        for convolution in (*self.lateral, *self.output, *self.extra):
-            nn.init.xavier_uniform_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
-
-    def forward(self, maps):
-        """maps: C3, C4, C5. Returns [P3, ..., P7], (N, channels, H_l, W_l)."""
-        merged = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
-        for fine in (1, 0):
-            merged[fine] = merged[fine] + F.interpolate(merged[fine + 1], size=merged[fine].shape[2:], mode="nearest")
-        pyramid = [output(feature) for output, feature in zip(self.output, merged, strict=True)]
-        for extra in self.extra:
-            pyramid.append(extra(pyramid[-1]))
-        return pyramid
-
-
-class GFLHead(nn.Module):
-    """Two towers, shared by all levels: one scores the classes, the other gives each side of the box a distribution of
-    its distance (Li et al., NeurIPS 2020). With `quality` also GFocal V2's branch (Li et al., CVPR 2021)."""
-
-    def __init__(self, num_classes, channels, tower_convs, reg_max, quality):
-        super().__init__()
-        self.reg_max = reg_max
-        norm = partial(nn.GroupNorm, 32)
-        self.class_tower, self.box_tower = (
-            nn.Sequential(*(Conv2dNormActivation(channels, channels, 3, norm_layer=norm, bias=False)
-                            for _ in range(tower_convs))) for _ in range(2))
-        self.classify = nn.Conv2d(channels, num_classes, 3, padding=1)
-        self.regress = nn.Conv2d(channels, 4 * (reg_max + 1), 3, padding=1)
-        self.scales = nn.Parameter(torch.ones(len(STRIDES)))  # one for each level
-        # The four largest of each side's probabilities and their mean say how sure the box is (GFocal V2, eq. 3 and 4).
-        self.quality = nn.Sequential(nn.Conv2d(4 * 5, 64, 1), nn.ReLU(inplace=True), nn.Conv2d(64, 1, 1),
-                                     nn.Sigmoid()) if quality else None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
-
-    def forward(self, pyramid):
-        """pyramid: 5 maps (N, channels, H_l, W_l). Returns Outputs."""
-        logits, edges, quality = [], [], []
-        for scale, feature in zip(self.scales, pyramid, strict=True):
-            logits.append(flatten(self.classify(self.class_tower(feature)), 1))
-            sides = self.regress(self.box_tower(feature)).float() * scale
-            edges.append(flatten(sides, 4))  # (N, A_l, 4, R + 1)
-            if self.quality is not None:
-                quality.append(self._quality(edges[-1], feature.shape[2:]))
-        return Outputs(torch.cat(logits, dim=1).squeeze(2).float(), torch.cat(edges, dim=1), pyramid,
-                       torch.cat(quality, dim=1) if quality else None)
-
-    def _quality(self, edges, size):
-        """(N, A_l, 4, R + 1) logits of a level of `size` (H_l, W_l) -> (N, A_l, 1)."""
-        top = edges.softmax(dim=-1).topk(4, dim=-1).values
-        statistics = torch.cat([top, top.mean(dim=-1, keepdim=True)], dim=-1).flatten(2)  # (N, A_l, 20)
-        with torch.autocast(edges.device.type, enabled=False):  # bf16 would leave a dozen different qualities
-            found = self.quality(statistics.transpose(1, 2).unflatten(2, size))  # (N, 1, H_l, W_l)
-        return flatten(found, 1).squeeze(2)
-
-
-def flatten(feature, groups):
-    """(N, groups * K, H, W) -> (N, H * W, groups, K): locations row by row."""
-    return feature.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (groups, -1))
 
 
 class Detector(nn.Module):
@@ -130,3 +37,7 @@ class Detector(nn.Module):
     def forward(self, images):
         """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns Outputs."""
         return self.head(self.neck(self.backbone(images)))
+
+    def anchors(self, sizes, device):
+        """The Anchors that the head predicts for. sizes: ((H_l, W_l), ...) of the levels."""
+        return make_anchors(sizes, device)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detection.assigners import atss as atss_module
-from detection.assigners.atss import TOPK, assign_batch, atss
+from detection.assigners.atss import TOPK, assign_by_atss, atss
+from detection.assigners.targets import ground_truth
 from detection.geometry.anchors import Anchors, make_anchors, valid_anchors
 
 SIZES = ((16, 16), (8, 8), (4, 4), (2, 2), (1, 1))  # of 128 x 128
@@ -230,7 +231,7 @@ def test_an_object_without_area_has_no_positive_and_harms_nobody(anchors):
 
 def test_targets_say_of_each_anchor_what_its_object_is(anchors):
     boxes, labels, counts = scene(9)
-    targets = assign_batch(anchors, boxes, labels, counts, IMAGE_SIZES, C)
+    targets = assign_by_atss(anchors, ground_truth(boxes, labels, counts, IMAGE_SIZES, C))
     assert targets.labels.shape == targets.matched.shape == targets.valid.shape == (4, A)
     assert targets.boxes.shape == (4, A, 4) and targets.labels.dtype == torch.int64
     assert targets.image_of.tolist() == [0] * 6 + [2] * 3 + [3]
@@ -251,7 +252,7 @@ def test_targets_say_of_each_anchor_what_its_object_is(anchors):
 def test_anchors_in_the_padding_of_the_batch_are_never_positive(anchors):
     """Not even where an object's box says that it lies there."""
     boxes = torch.cat([objects(9, seed) for seed in range(4)])
-    targets = assign_batch(anchors, boxes, torch.zeros(36, dtype=torch.int64), [9] * 4, IMAGE_SIZES, C)
+    targets = assign_by_atss(anchors, ground_truth(boxes, torch.zeros(36, dtype=torch.int64), [9] * 4, IMAGE_SIZES, C))
     assert torch.equal(targets.valid, valid_anchors(anchors, IMAGE_SIZES))
     assert not (targets.positive & ~targets.valid).any() and not targets.valid.all()
     for i in range(4):
@@ -262,15 +263,16 @@ def test_anchors_in_the_padding_of_the_batch_are_never_positive(anchors):
 def test_an_image_in_a_larger_batch_keeps_its_assignment():
     """What lies beyond a padded image does not change its own anchors' targets."""
     boxes, small = objects(4, 104, 64, 64, largest=60), ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))
-    arguments = (boxes, torch.arange(4), [4], [(64, 64)], C)
-    alone, padded = assign_batch(make_anchors(small), *arguments), assign_batch(make_anchors(SIZES), *arguments)
+    truth = ground_truth(boxes, torch.arange(4), [4], [(64, 64)], C)
+    alone, padded = assign_by_atss(make_anchors(small), truth), assign_by_atss(make_anchors(SIZES), truth)
     assert padded.valid.sum() == 86 and alone.valid.all()
     assert torch.equal(padded.matched[padded.valid], alone.matched[0]) and (alone.matched >= 0).any()
     assert torch.equal(padded.thresholds, alone.thresholds)
 
 
 def test_a_batch_without_an_object(anchors):
-    targets = assign_batch(anchors, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [0, 0], IMAGE_SIZES[:2], C)
+    nothing = ground_truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [0, 0], IMAGE_SIZES[:2], C)
+    targets = assign_by_atss(anchors, nothing)
     assert targets.labels.eq(C).all() and targets.boxes.eq(0).all() and targets.matched.eq(-1).all()
     assert not targets.positive.any() and [len(part) for part in targets.positives] == [0, 0]
     assert targets.thresholds.shape == targets.image_of.shape == (0,)

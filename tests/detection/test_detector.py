@@ -10,12 +10,15 @@ from torchvision.models import ResNet18_Weights
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from common.runtime import UserError
-from detection.assigners.atss import assign_batch
+from detection.assigners.atss import assign_by_atss
+from detection.assigners.targets import ground_truth
 from detection.data.transforms import MEAN, STD
 from detection.geometry.anchors import make_anchors, pyramid_sizes
 from detection.losses.gfl import gfl_losses
 from detection.network.backbone import DEPTHS, Backbone, in_colour, initialise
-from detection.network.detector import Architecture, Detector, FeaturePyramid, GFLHead, flatten
+from detection.network.detector import Architecture, Detector
+from detection.network.gfl_head import GFLHead, flatten
+from detection.network.pyramid import FeaturePyramid
 from resnet50 import ResNet50
 
 TINY = Architecture(depth=18, channels=32, tower_convs=1)
@@ -221,7 +224,7 @@ def one_step(network, images):
     outputs = network(images)
     anchors = make_anchors(outputs.sizes)
     boxes = torch.tensor([[4.0, 6, 80, 60], [1, 1, 50, 50]])
-    targets = assign_batch(anchors, boxes, torch.tensor([0, 2]), [1, 1], [(64, 96)] * 2, 3)
+    targets = assign_by_atss(anchors, ground_truth(boxes, torch.tensor([0, 2]), [1, 1], [(64, 96)] * 2, 3))
     sum(gfl_losses(outputs, targets, anchors).values()).backward()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     torch.optim.SGD(parameters, lr=0.1, weight_decay=0.01).step()

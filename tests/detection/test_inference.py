@@ -13,8 +13,10 @@ from detection import checkpoint as checkpoints
 from detection import inference
 from detection.checkpoint import describe_model, describe_preprocessing, is_description, load_detector
 from detection.data.transforms import normalise
-from detection.inference import detect, detections, inference_network
-from detection.network.detector import Architecture, Detector, Outputs
+from detection.geometry.anchors import make_anchors
+from detection.inference import detect, inference_network
+from detection.network.detector import Architecture, Detector
+from detection.network.gfl_head import Outputs
 from resnet50 import ResNet50
 
 SIZES = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))  # of 64 x 96
@@ -38,6 +40,11 @@ def overlap(a, b):
     shared = max(width, 0) * max(height, 0)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
     return shared / union if union > 0 else 0
+
+
+def detections(outputs, *arguments):
+    """`inference.detections` of outputs for one anchor a location."""
+    return inference.detections(outputs, make_anchors(outputs.sizes), *arguments)
 
 
 def slow_detections(outputs, i, size, scale, candidates=1000):

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from common.runtime import UserError
-from detection.assigners.atss import Targets, assign_batch
+from detection.assigners.atss import assign_by_atss
+from detection.assigners.targets import Targets, ground_truth
 from detection.distillers import ld, regions
-from detection.distillers.ld import METHODS, check_pair, imitation_losses, ld_losses
+from detection.distillers.imitation import IMITATIONS, imitation_loss, imitation_region
 from detection.distillers.regions import finegrained, general_instances, inside_boxes, valuable_region
+from detection.distillers.teacher import GRID, check_pair
 from detection.geometry.anchors import make_anchors
 from detection.geometry.boxes import boxes_at, expected_distances
 from detection.losses.gfl import gfl_losses
-from detection.network.detector import Outputs
+from detection.methods.ld import LDSettings, weights
+from detection.network.gfl_head import Outputs
 
 SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))
 A = 86  # anchors of these levels
@@ -37,7 +40,7 @@ def labels_of(boxes):
 
 def targets_of(anchors, objects=OBJECTS, image_sizes=IMAGE_SIZES):
     labels, counts = torch.cat([labels_of(boxes) for boxes in objects]), [len(boxes) for boxes in objects]
-    return assign_batch(anchors, torch.cat(objects), labels, counts, image_sizes, C)
+    return assign_by_atss(anchors, ground_truth(torch.cat(objects), labels, counts, image_sizes, C))
 
 
 def random_outputs(seed, images=3, quality=False):
@@ -112,6 +115,17 @@ def slow_ld(student, teacher, targets, anchors, metric="diou"):
                 kd_vlr[anchors.levels[a]].append(classes)
     kd_main, kd_vlr = (10 * sum(sum(level) / len(level) for level in levels if level) for levels in (kd_main, kd_vlr))
     return {"ld_main": ld_main, "ld_vlr": ld_vlr, "kd_main": kd_main, "kd_vlr": kd_vlr}, total
+
+
+def ld_losses(student, teacher, targets, anchors, **changes):
+    """The weighted losses of LD with the published settings but for `changes`."""
+    settings = LDSettings(**changes)
+    terms = ld.ld_losses(student, teacher, targets, anchors, settings)
+    return {name: weights(settings)[name] * loss for name, loss in terms.items()}
+
+
+def imitation_losses(method, student, teacher, targets, anchors, weight=2.0):
+    return {"imitation": weight * imitation_loss(method, student, teacher, targets, anchors)}
 
 
 def values(losses):
@@ -272,13 +286,14 @@ def test_images_without_objects_change_nothing(batch):
 
 def test_what_lies_in_the_padding_of_the_batch_does_not_count(batch):
     student, teacher, targets, anchors = batch
-    before = {**values(ld_losses(*batch, **ALL)), **{m: values(imitation_losses(m, *batch)) for m in METHODS}}
+    before = {**values(ld_losses(*batch, **ALL)), **{m: values(imitation_losses(m, *batch)) for m in IMITATIONS}}
     outside = ~targets.valid[..., None]
     spoilt = Outputs(student.logits + 5 * outside, student.edges.masked_fill(outside[..., None], 9.0), [
         feature + 5 * part.unflatten(1, size)[:, None].squeeze(-1) for feature, part, size in zip(
             student.features, outside.split(anchors.counts, dim=1), SIZES, strict=True)])
     after = [spoilt, *batch[1:]]
-    assert {**values(ld_losses(*after, **ALL)), **{m: values(imitation_losses(m, *after)) for m in METHODS}} == before
+    imitated = {method: values(imitation_losses(method, *after)) for method in IMITATIONS}
+    assert {**values(ld_losses(*after, **ALL)), **imitated} == before
 
 
 def test_the_order_of_the_objects_does_not_matter(batch):
@@ -287,7 +302,7 @@ def test_the_order_of_the_objects_does_not_matter(batch):
     objects = [OBJECTS[0][order], *OBJECTS[1:]]
     again = (student, teacher, targets_of(anchors, objects), anchors)
     assert values(ld_losses(*again, **ALL)) == pytest.approx(values(ld_losses(*batch, **ALL)), rel=1e-6)
-    for method in METHODS:
+    for method in IMITATIONS:
         assert values(imitation_losses(method, *again)) == values(imitation_losses(method, *batch))
 
 
@@ -333,7 +348,7 @@ def slow_imitation(method, student, teacher, targets, anchors):
     return 2.0 * loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IMITATIONS)
 def test_imitation_against_a_loop(batch, method):
     expected = slow_imitation(method, *batch)
     assert expected > 0
@@ -342,7 +357,8 @@ def test_imitation_against_a_loop(batch, method):
 
 
 def test_the_methods_choose_different_places(batch):
-    assert len({round(imitation_losses(method, *batch)["imitation"].item(), 5) for method in METHODS}) == len(METHODS)
+    found = {round(imitation_loss(method, *batch).item(), 5) for method in IMITATIONS}
+    assert len(found) == len(IMITATIONS)
     with pytest.raises(ValueError, match="fitnets"):
         imitation_losses("fitnets", *batch)
 
@@ -356,7 +372,7 @@ def test_levels_without_a_positive_are_not_imitated(batch):
     assert [gradient.abs().max().item() > 0 for gradient in found] == on_level
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", IMITATIONS)
 def test_equal_features_have_no_loss_and_no_gradient_reaches_the_teacher(batch, method):
     student, teacher, targets, anchors = batch
     imitation_losses(method, *batch)["imitation"].backward()
@@ -383,11 +399,14 @@ def test_general_instances_of_gfocal_v2_compare_scores_with_scores(anchors):
     worse = replace(student, quality=student.quality.detach().clone())
     places = [40, 70, 81]
     worse.quality[0, places] *= 0.5  # the only places where the two disagree, one on a level
-    found = ld.imitation_region("gibox", worse, student, targets, anchors)
+    found = imitation_region("gibox", worse, student, targets, anchors)
     assert found[0, places].all()
 
 
 # ---- pairs of teacher and student ------------------------------------------------------------------------------------
+
+
+FEATURES = (*GRID, "reg_max", "channels")
 
 
 def description(**changes):
@@ -398,8 +417,8 @@ def description(**changes):
 
 def test_equal_descriptions_fit():
     check_pair(description(), description())
-    check_pair(description(), description(), imitation=True)
-    check_pair(description(), description(channels=128))  # features are not compared
+    check_pair(description(), description(), FEATURES)
+    check_pair(description(), description(channels=128, reg_max=8))  # features are not compared
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -414,5 +433,5 @@ def test_equal_descriptions_fit():
 ])
 def test_the_first_difference_is_named(changes, words):
     with pytest.raises(UserError) as raised:
-        check_pair(description(), description(**changes), imitation=True)
+        check_pair(description(), description(**changes), FEATURES)
     assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)

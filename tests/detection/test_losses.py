@@ -7,27 +7,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detection.assigners.atss import assign_batch
+from detection.assigners.atss import assign_by_atss
+from detection.assigners.targets import ground_truth
+from detection.distillers.divergence import mean_kl
 from detection.geometry.anchors import make_anchors
 from detection.geometry.boxes import ciou, giou, iou
 from detection.losses import gfl
 from detection.losses.gfl import (
-    class_scores,
     confidence,
-    decoded_boxes,
     distribution_focal_loss,
-    gfl_losses,
-    mean_kl,
     quality_focal_loss,
     quality_focal_loss_of_probabilities,
 )
-from detection.network.detector import Outputs
+from detection.methods.gfl import WEIGHTS
+from detection.network.gfl_head import Outputs
 
 SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))  # of 64 x 64
 A, C = 86, 3
 OBJECTS = torch.tensor([[4.0, 6, 52, 60], [20, 2, 63, 50], [1, 1, 30, 40], [8, 2, 60, 31]])
 LABELS = torch.tensor([0, 1, 2, 1])
 IMAGE_SIZES = [(64, 64), (32, 64)]  # half of the second is padding
+
+
+def gfl_losses(outputs, targets, anchors, box_loss="giou"):
+    """The weighted losses of GFL."""
+    return {name: WEIGHTS[name] * loss
+            for name, loss in gfl.gfl_losses(outputs, targets, anchors, box_loss).items()}
 
 
 def sigmoid(z):
@@ -208,7 +213,7 @@ def anchors():
 
 @pytest.fixture(scope="module")
 def targets(anchors):
-    return assign_batch(anchors, OBJECTS, LABELS, [3, 1], IMAGE_SIZES, C)
+    return assign_by_atss(anchors, ground_truth(OBJECTS, LABELS, [3, 1], IMAGE_SIZES, C))
 
 
 def random_outputs(seed=0, reg_max=16, quality=False, images=2):
@@ -320,7 +325,7 @@ def test_the_normalisers(anchors, targets, monkeypatch):
 
 def test_a_batch_without_objects(anchors):
     outputs = random_outputs()
-    nothing = assign_batch(anchors, OBJECTS[:0], LABELS[:0], [0, 0], IMAGE_SIZES, C)
+    nothing = assign_by_atss(anchors, ground_truth(OBJECTS[:0], LABELS[:0], [0, 0], IMAGE_SIZES, C))
     found = gfl_losses(outputs, nothing, anchors)
     assert found["box"] == found["dfl"] == 0 and found["qfl"] > 0
     in_words = sum(slow_quality_focal(outputs.logits[i, a].tolist(), C, 0)
@@ -333,10 +338,10 @@ def test_a_batch_without_objects(anchors):
 
 def test_an_image_without_objects_counts_as_one_positive(anchors):
     outputs = random_outputs()
-    counts = [4, 0]
-    found = gfl_losses(outputs, assign_batch(anchors, OBJECTS, LABELS, counts, [(64, 64)] * 2, C), anchors)
+    targets = assign_by_atss(anchors, ground_truth(OBJECTS, LABELS, [4, 0], [(64, 64)] * 2, C))
+    found = gfl_losses(outputs, targets, anchors)
     first = Outputs(outputs.logits[:1], outputs.edges[:1], [feature[:1] for feature in outputs.features])
-    own = assign_batch(anchors, OBJECTS, LABELS, [4], [(64, 64)], C)
+    own = assign_by_atss(anchors, ground_truth(OBJECTS, LABELS, [4], [(64, 64)], C))
     alone, positives = gfl_losses(first, own, anchors), own.positive.sum()
     assert found["box"].item() == pytest.approx(alone["box"].item(), rel=1e-5)
     background = quality_focal_loss(outputs.logits[1], torch.full((A,), C), torch.zeros(A)).sum()
@@ -347,7 +352,7 @@ def test_an_image_without_objects_counts_as_one_positive(anchors):
 def test_boxes_that_are_right_lose_nothing(anchors):
     """Distributions that are sure of whole numbers, and scores that know it."""
     boxes = torch.tensor([[8.0, 8, 48, 56]])  # multiples of the stride of P3
-    own = assign_batch(anchors, boxes, torch.tensor([1]), [1], [(64, 64)], C)
+    own = assign_by_atss(anchors, ground_truth(boxes, torch.tensor([1]), [1], [(64, 64)], C))
     on_p3 = own.positive[0] & (anchors.levels == 0)
     assert on_p3.any()
     outputs = random_outputs(images=1)
@@ -381,16 +386,16 @@ def test_the_losses_are_fp32_under_bf16(anchors, targets):
 
 def test_scores_and_their_confidence():
     plain, joint = random_outputs(), random_outputs(quality=True)
-    assert torch.equal(class_scores(plain), plain.logits.sigmoid())
-    assert torch.allclose(class_scores(joint), joint.logits.sigmoid() * joint.quality)
-    found = confidence(class_scores(joint))
+    assert torch.equal(plain.scores, plain.logits.sigmoid())
+    assert torch.allclose(joint.scores, joint.logits.sigmoid() * joint.quality)
+    found = confidence(joint.scores)
     assert found.shape == (2, A) and not found.requires_grad
-    assert found[1, 7].item() == pytest.approx(max(class_scores(joint)[1, 7].tolist()))
+    assert found[1, 7].item() == pytest.approx(max(joint.scores[1, 7].tolist()))
 
 
 def test_decoded_boxes_against_a_loop(anchors):
     outputs = random_outputs(2, reg_max=6)
-    found = decoded_boxes(outputs, anchors)
+    found = outputs.boxes(anchors)
     assert found.shape == (2, A, 4)
     for i, a in ((0, 0), (1, 13), (0, 70), (1, 82), (1, 85)):
         stride, (x, y) = anchors.strides[a].item(), anchors.centres[a].tolist()

@@ -15,11 +15,13 @@ from demo.draw_scenes import write_demo
 from detection import compare, engine, train_gfl, train_ld
 from detection.data import batches
 from detection.data.annotations import read_annotations
-from detection.engine import DetectionRun, learning_rate, train_step
+from detection.engine import Run, learning_rate, train_step
 from detection.inference import detect, inference_network
+from detection.methods.gfl import GFL
+from detection.methods.ld import LD, LDSettings
 from detection.metrics.coco_ap import coco_ap
 from detection.network.detector import Architecture, Detector
-from detection.settings import RECIPES, LDSettings, Settings, parse_settings
+from detection.settings import RECIPES, Settings, parse_settings
 from tests.support import QUICK_DETECTOR, real, run_detector, run_program
 
 
@@ -40,8 +42,8 @@ def flags(scenes):
 def runs(flags, tmp_path_factory):
     """A folder with the finished run of a teacher, and of a student that it has taught."""
     folder = tmp_path_factory.mktemp("runs")
-    assert run_detector(train_gfl, "gfl", *flags, "--output", folder / "teacher", "--test-every", "1") == 0
-    assert run_detector(train_ld, "ld", *flags, *taught(folder), "--output", folder / "ld") == 0
+    assert run_detector(train_gfl, *flags, "--output", folder / "teacher", "--test-every", "1") == 0
+    assert run_detector(train_ld, *flags, *taught(folder), "--output", folder / "ld") == 0
     return folder
 
 
@@ -94,8 +96,8 @@ def test_checkpoints_say_what_they_are_and_hold_no_teacher(runs):
 
 def test_a_student_starts_alike_with_a_teacher_and_without(runs, flags, tmp_path):
     standing = ("--epochs", "1", "--lr", "1e-12")
-    assert run_detector(train_gfl, "gfl", *flags, *standing, "--output", tmp_path / "gfl") == 0
-    assert run_detector(train_ld, "ld", *flags, *standing, *taught(runs), "--output", tmp_path / "ld") == 0
+    assert run_detector(train_gfl, *flags, *standing, "--output", tmp_path / "gfl") == 0
+    assert run_detector(train_ld, *flags, *standing, *taught(runs), "--output", tmp_path / "ld") == 0
     alone, with_teacher = weights_of(tmp_path / "gfl"), weights_of(tmp_path / "ld")
     assert all(torch.allclose(value, with_teacher[name], atol=1e-6) for name, value in alone.items())
 
@@ -104,23 +106,23 @@ def test_another_teacher_is_another_run(runs, flags, tmp_path, capsys):
     teacher = torch.load(runs / "teacher" / "final.pt", weights_only=True)
     teacher["model"]["head.scales"] += 1
     torch.save(teacher, tmp_path / "other.pt")
-    assert run_detector(train_ld, "ld", *flags, *taught(runs), "--teacher", tmp_path / "other.pt", "--output",
+    assert run_detector(train_ld, *flags, *taught(runs), "--teacher", tmp_path / "other.pt", "--output",
                         runs / "ld", "--resume") == 2
     assert "holds a run with teacher-sha256" in capsys.readouterr().err
 
 
 def test_a_second_run_needs_another_folder_or_resume(runs, flags, capsys):
-    assert run_detector(train_gfl, "gfl", *flags, "--output", runs / "teacher") == 2
+    assert run_detector(train_gfl, *flags, "--output", runs / "teacher") == 2
     assert "holds a run already; go on with it by --resume" in capsys.readouterr().err
-    assert run_detector(train_gfl, "gfl", *flags, "--output", runs / "teacher", "--resume", "--clip", "1") == 2
+    assert run_detector(train_gfl, *flags, "--output", runs / "teacher", "--resume", "--clip", "1") == 2
     assert "holds a run with clip 0.0, not 1.0" in capsys.readouterr().err
-    assert run_detector(train_gfl, "gfl", *flags, "--output", runs / "teacher", "--resume") == 0
+    assert run_detector(train_gfl, *flags, "--output", runs / "teacher", "--resume") == 0
     assert "is finished already" in capsys.readouterr().out
 
 
 def test_resuming_ends_with_the_weights_of_a_run_never_stopped(runs, flags, tmp_path, monkeypatch, capsys):
     more = (*flags, *taught(runs), "--short", "48,64", "--workers", "1")  # prefetched batches must not be lost
-    assert run_detector(train_ld, "ld", *more, "--output", tmp_path / "whole") == 0
+    assert run_detector(train_ld, *more, "--output", tmp_path / "whole") == 0
     steps = []
 
     def step_and_a_signal(*arguments):
@@ -130,10 +132,10 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(runs, flags, tmp_
         return train_step(*arguments)
 
     monkeypatch.setattr(engine, "train_step", step_and_a_signal)
-    assert run_detector(train_ld, "ld", *more, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
+    assert run_detector(train_ld, *more, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert "stopped after 1 of 2 epochs and 1 of 3 steps, kept in" in capsys.readouterr().out
-    assert run_detector(train_ld, "ld", *more, "--output", tmp_path / "parts", "--resume") == 0
+    assert run_detector(train_ld, *more, "--output", tmp_path / "parts", "--resume") == 0
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
@@ -144,7 +146,7 @@ def test_the_test_programs_repeat_the_numbers_of_training(runs, scenes, tmp_path
     done = run_program("-m", "detection.test", "--weights", runs / "teacher" / "last.pt", "--test",
                        scenes / "test.json", "--output", tmp_path / "test", "--device", "cpu", "--workers", "0")
     assert done.returncode == 0, done.stderr
-    assert run_detector(train_gfl, "gfl", "--test-only", "--weights", runs / "teacher" / "final.pt", "--test",
+    assert run_detector(train_gfl, "--test-only", "--weights", runs / "teacher" / "final.pt", "--test",
                     scenes / "test.json", "--output", tmp_path / "only", "--device", "cpu", "--workers", "0") == 0
     for folder in ("test", "only"):
         again = json.loads((tmp_path / folder / "results.json").read_text())
@@ -153,7 +155,7 @@ def test_the_test_programs_repeat_the_numbers_of_training(runs, scenes, tmp_path
 
 @pytest.mark.parametrize("flag", [("--metric", "voc07"), ("--suppression", "cluster-diou-voting")])
 def test_other_metrics_and_suppressions(runs, scenes, tmp_path, flag):
-    assert run_detector(train_gfl, "gfl", "--test-only", "--weights", runs / "teacher" / "final.pt", "--test",
+    assert run_detector(train_gfl, "--test-only", "--weights", runs / "teacher" / "final.pt", "--test",
                     scenes / "test.json", "--output", tmp_path / "test", "--device", "cpu", *flag) == 0
     results = json.loads((tmp_path / "test" / "results.json").read_text())
     assert ("per_iou" in results) == (flag[1] == "voc07") and results["AP50"] is not None
@@ -182,7 +184,7 @@ def test_two_processes_take_the_step_of_one(flags, runs, tmp_path):
     backbone = Detector(3, Architecture(18, 64, 1)).backbone
     torch.save(backbone.state_dict(), tmp_path / "resnet18.pt")
     more = [str(flag) for flag in (*flags, "--init", tmp_path / "resnet18.pt", "--epochs", "1")]
-    assert run_detector(train_gfl, "gfl", *more, "--output", tmp_path / "one") == 0
+    assert run_detector(train_gfl, *more, "--output", tmp_path / "one") == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -200,7 +202,7 @@ def test_two_processes_take_the_step_of_one(flags, runs, tmp_path):
 def test_the_frozen_part_of_the_resnet_stays(flags, tmp_path):
     backbone = Detector(3, Architecture(18, 64, 1)).backbone
     torch.save(backbone.state_dict(), tmp_path / "resnet18.pt")
-    assert run_detector(train_gfl, "gfl", *flags, "--init", tmp_path / "resnet18.pt", "--epochs", "1", "--output",
+    assert run_detector(train_gfl, *flags, "--init", tmp_path / "resnet18.pt", "--epochs", "1", "--output",
                     tmp_path / "run") == 0
     after = weights_of(tmp_path / "run")
     for name, value in backbone.state_dict().items():
@@ -212,7 +214,7 @@ def test_the_frozen_part_of_the_resnet_stays(flags, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(flags, tmp_path, capsys):
-    assert run_detector(train_gfl, "gfl", *flags, "--lr", "1000", "--warmup-steps", "0", "--output",
+    assert run_detector(train_gfl, *flags, "--lr", "1000", "--warmup-steps", "0", "--output",
                         tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert "error: stage gfl, epoch" in message and "is nan" in message and message.count("\n") == 1
@@ -231,14 +233,14 @@ def test_a_teacher_that_does_not_fit_is_named(flags, runs, tmp_path, capsys, cha
     description["model"]["reg_max"] = change.get("reg_max", 16)
     fitting = Detector(len(description["classes"]), Architecture(18, 64, 1, description["model"]["reg_max"]))
     torch.save({"model": fitting.state_dict(), "description": description}, tmp_path / "teacher.pt")
-    assert run_detector(train_ld, "ld", *flags, "--teacher", tmp_path / "teacher.pt", "--output", tmp_path / "ld") == 2
+    assert run_detector(train_ld, *flags, "--teacher", tmp_path / "teacher.pt", "--output", tmp_path / "ld") == 2
     message = capsys.readouterr().err
     assert words in message and "teacher.pt" in message and message.count("\n") == 1
     assert not (tmp_path / "ld").exists()
 
 
 def test_no_teacher_is_one_line(flags, tmp_path, capsys):
-    assert run_detector(train_ld, "ld", *flags, "--teacher", tmp_path / "no.pt", "--output", tmp_path / "ld") == 2
+    assert run_detector(train_ld, *flags, "--teacher", tmp_path / "no.pt", "--output", tmp_path / "ld") == 2
     message = capsys.readouterr().err
     assert "no such checkpoint; train one with python -m detection.train_gfl" in message and message.count("\n") == 1
 
@@ -272,7 +274,7 @@ def missing_image(content):
     (outside, "annotation"), (unknown_category, "77"), (missing_image, "gone.png")])
 def test_bad_annotations_are_one_line(flags, scenes, tmp_path, capsys, damage, words):
     source = broken(scenes, tmp_path, damage)
-    assert run_detector(train_gfl, "gfl", *flags, "--train", source, "--images", scenes / "images", "--output",
+    assert run_detector(train_gfl, *flags, "--train", source, "--images", scenes / "images", "--output",
                     tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and not (tmp_path / "run").exists()
@@ -283,21 +285,21 @@ def test_a_category_that_only_the_test_part_has_is_named(flags, scenes, tmp_path
     content["categories"][1]["name"] = "submarine"
     content["annotations"][0]["category_id"] = content["categories"][1]["id"]
     (tmp_path / "test.json").write_text(json.dumps(content))
-    assert run_detector(train_gfl, "gfl", *flags, "--test", tmp_path / "test.json", "--images", scenes / "images",
+    assert run_detector(train_gfl, *flags, "--test", tmp_path / "test.json", "--images", scenes / "images",
                     "--output", tmp_path / "run") == 2
     assert "submarine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", [("--short", "20"), ("--short", "64,48"), ("--channels", "72"), ("--epochs", "0")])
 def test_settings_out_of_range_are_one_line(flags, tmp_path, capsys, flag):
-    assert run_detector(train_gfl, "gfl", *flags, *flag, "--output", tmp_path / "run") == 2
+    assert run_detector(train_gfl, *flags, *flag, "--output", tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert flag[0] in message and message.count("\n") == 1
 
 
 def test_no_object_to_learn_from_is_named(flags, scenes, tmp_path, capsys):
     source = broken(scenes, tmp_path, lambda content: content["annotations"].clear())
-    assert run_detector(train_gfl, "gfl", *flags, "--train", source, "--images", scenes / "images", "--output",
+    assert run_detector(train_gfl, *flags, "--train", source, "--images", scenes / "images", "--output",
                     tmp_path / "run") == 2
     assert "train.json: no object that can be trained on" in capsys.readouterr().err
 
@@ -308,7 +310,7 @@ def test_images_to_test_on_may_lie_elsewhere_and_hold_nothing_to_find(flags, sce
     (scenes / "images").rename(scenes / "pictures")
     try:
         (tmp_path / "test.json").write_text(json.dumps({**content, "annotations": []}))
-        assert run_detector(train_gfl, "gfl", *flags, "--epochs", "1", "--images", scenes / "pictures", "--test",
+        assert run_detector(train_gfl, *flags, "--epochs", "1", "--images", scenes / "pictures", "--test",
                         tmp_path / "test.json", "--test-images", scenes / "pictures", "--test-every", "1", "--output",
                         tmp_path / "run") == 0
     finally:
@@ -319,14 +321,14 @@ def test_images_to_test_on_may_lie_elsewhere_and_hold_nothing_to_find(flags, sce
 def test_another_test_does_not_replace_the_results(runs, scenes, tmp_path, capsys):
     again = ("--test-only", "--weights", runs / "teacher" / "final.pt", "--test", scenes / "test.json", "--output",
              tmp_path / "test", "--device", "cpu", "--workers", "0")
-    assert run_detector(train_gfl, "gfl", *again) == 0
-    assert run_detector(train_gfl, "gfl", *again) == 0
-    assert run_detector(train_gfl, "gfl", *again, "--metric", "voc") == 2
+    assert run_detector(train_gfl, *again) == 0
+    assert run_detector(train_gfl, *again) == 0
+    assert run_detector(train_gfl, *again, "--metric", "voc") == 2
     assert "is of other weights than" in capsys.readouterr().err
 
 
 def test_what_a_user_may_not_expect_is_said(runs, flags, tmp_path, capsys):
-    assert run_detector(train_ld, "ld", *flags, *taught(runs), "--epochs", "1", "--warmup-steps", "50", "--output",
+    assert run_detector(train_ld, *flags, *taught(runs), "--epochs", "1", "--warmup-steps", "50", "--output",
                     tmp_path / "ld") == 0
     said = capsys.readouterr().out
     for note in ("--warmup-steps 50 are most of the 3 steps", "--lr-steps 9,12 never come",
@@ -364,18 +366,18 @@ def test_the_teacher_answers_once_a_step_and_learns_nothing(scenes):
     annotations = read_annotations(scenes / "train.json")
     draws = [batches.Draw(i, 64, 64, False) for i in (0, 1)]
     batch = batches.collate(batches.DetectionDataset(annotations).__getitems__(draws))
-    names, terms = train_step(run, student.train(), batch)
+    names, terms = train_step(run, run.trainee.train(), batch)
     assert asked == [False] and len(names) == len(terms) == 6 and terms.isfinite().all()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any("teacher" in name for name in student.state_dict())
 
 
 def run_of(network, settings, teacher=None):
-    """A DetectionRun of one step an epoch."""
+    """A Run of one step an epoch."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    return DetectionRun(name="test", settings=settings, device=torch.device("cpu"), precision="fp32", network=network,
-                        optimizer=optimizer, sampler=[0], train_annotations=None, test_annotations=None,
-                        teacher=teacher)
+    return Run(name="test", method=LD if teacher else GFL, settings=settings, device=torch.device("cpu"),
+               precision="fp32", network=network, optimizer=optimizer, sampler=[0], train_annotations=None,
+               test_annotations=None, teacher=teacher)
 
 
 @pytest.mark.real_data
@@ -389,6 +391,6 @@ def test_four_real_images_are_learned_by_heart():
     network = Detector(10, Architecture(18, 64, 2)).to(memory_format=torch.channels_last)
     run = run_of(network, Settings(lr=0.08, batch_size=4, lr_steps=(90,), warmup_steps=20, clip=35))
     for run.epoch in range(100):
-        train_step(run, network.train(), batch)
+        train_step(run, run.trainee.train(), batch)
     found = detect(inference_network(network, run.device), batch.images, batch.sizes, batch.scales, run.device, "fp32")
     assert coco_ap(found, annotations)["AP50"] > 0.95

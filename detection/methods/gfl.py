@@ -1,0 +1,26 @@
+"""GFL: a detector that learns from annotations alone (Generalized Focal Loss, Li et al., NeurIPS 2020)."""
+
+from detection.assigners.atss import assign_by_atss
+from detection.losses.gfl import gfl_losses
+from detection.methods.method import Method
+from detection.network.detector import Architecture
+
+WEIGHTS = {"qfl": 1.0, "box": 2.0, "dfl": 0.25}
+
+
+def architecture(settings):
+    """The detector that the settings describe."""
+    return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, settings.quality)
+
+
+def assign(step):
+    """The Targets of a batch by ATSS, which needs the anchors alone."""
+    return assign_by_atss(step.anchors, step.truth)
+
+
+def losses(step, settings):
+    """The three terms of GFL."""
+    return gfl_losses(step.outputs, step.targets, step.anchors, settings.box_loss)
+
+
+GFL = Method(name="gfl", architecture=architecture, assign=assign, losses=losses, weights=lambda settings: WEIGHTS)

@@ -1,0 +1,77 @@
+"""LD: a GFL detector that also learns from a frozen teacher (Localization Distillation, Zheng et al., CVPR 2022)."""
+
+from dataclasses import dataclass
+
+from common.flags import setting
+from detection.distillers.imitation import IMITATIONS, imitation_loss
+from detection.distillers.ld import LD_NORMS, ld_losses
+from detection.distillers.regions import VLR_METRICS
+from detection.distillers.teacher import GRID, load_teacher
+from detection.methods import gfl
+from detection.methods.method import Method
+from detection.settings import Settings
+
+COCO_CLASSES = 80
+
+
+@dataclass(frozen=True)
+class LDSettings(Settings):
+    """The settings of a GFL detector that a frozen teacher teaches."""
+
+    teacher: str = setting("runs/{data}/teacher/final.pt", "checkpoint of the teacher")
+    lambda_ld_main: float = setting(0.25, "weight of LD on the main region, the positive anchors")
+    lambda_ld_vlr: float = setting(0.25, "weight of LD on the valuable localization region")
+    lambda_kd_main: float = setting(10.0, "weight of the classification's distillation on the main region")
+    lambda_kd_vlr: float = setting(0.0, "... on the valuable localization region (the released code has 0)")
+    ld_temperature: float = setting(10.0, "temperature of LD")
+    kd_temperature: float = setting(2.0, "temperature of the classification's distillation")
+    ld_norm: str = setting("none", "what LD's sums are divided by: none (published), or avg_factor as GFL's box losses",
+                           choices=LD_NORMS)
+    gamma: float = setting(0.25, "how far down the valuable region reaches, as a share of ATSS's threshold")
+    vlr_metric: str = setting("diou", "measure of the valuable region: diou (paper) or iof_parity (released code)",
+                              choices=VLR_METRICS)
+    imitation: str = setting("none", "where the features of the pyramid imitate the teacher's",
+                             choices=("none", *IMITATIONS))
+    lambda_imitation: float = setting(2.0, "weight of the imitation")
+
+    def ranges(self):
+        weights = ("lambda_ld_main", "lambda_ld_vlr", "lambda_kd_main", "lambda_kd_vlr", "lambda_imitation")
+        return (*super().ranges(), *((name, 0, 1e6) for name in weights),
+                ("ld_temperature", 1e-3, 1e6), ("kd_temperature", 1e-3, 1e6), ("gamma", 0, 1))
+
+
+def teacher(settings, description, device, precision):
+    """The frozen teacher, whose distributions the student can imitate, and its features if that is asked for."""
+    shared = (*GRID, "reg_max") if settings.imitation == "none" else (*GRID, "reg_max", "channels")
+    return load_teacher(settings.teacher, description, device, precision, shared)
+
+
+def losses(step, settings):
+    """The terms of GFL, those of LD, and the imitation of features if it is asked for."""
+    terms = gfl.losses(step, settings) | ld_losses(step.outputs, step.teacher, step.targets, step.anchors, settings)
+    if settings.imitation != "none":
+        terms["imitation"] = imitation_loss(settings.imitation, step.outputs, step.teacher, step.targets, step.anchors)
+    return terms
+
+
+def weights(settings):
+    """{name: weight} of every term."""
+    return {**gfl.WEIGHTS, "ld_main": settings.lambda_ld_main, "ld_vlr": settings.lambda_ld_vlr,
+            "kd_main": settings.lambda_kd_main, "kd_vlr": settings.lambda_kd_vlr,
+            "imitation": settings.lambda_imitation}
+
+
+def notes(settings, num_classes, images_per_process):
+    """What of the settings is tuned for other data than these."""
+    if images_per_process > 3 and settings.ld_norm == "none":
+        yield (f"LD's terms are sums over the {images_per_process} images of a process, and their weights are tuned "
+               "for 2 or 3; lower --lambda-ld-main and --lambda-ld-vlr in proportion, or see --ld-norm")
+    if num_classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
+        yield "with one class the classification's distillation is 0: its softmax has nothing to compare"
+    elif settings.lambda_kd_main / num_classes > 2 * 10 / COCO_CLASSES:
+        yield (f"the classification's distillation is a mean over the {num_classes} classes, and its weight of 10 was "
+               f"tuned for {COCO_CLASSES}; as strong here is --lambda-kd-main {10 * num_classes / COCO_CLASSES:g}")
+
+
+LD = Method(name="ld", architecture=gfl.architecture, assign=gfl.assign, losses=losses, weights=weights,
+            load_teacher=teacher, notes=notes)

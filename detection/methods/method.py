@@ -1,0 +1,71 @@
+"""The seam between the engine and what it trains. `docs/adding_a_method.md` shows how a new method fits in."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from detection.assigners.targets import GroundTruth
+from detection.geometry.anchors import Anchors
+
+
+@dataclass
+class Step:
+    """A batch on its way through a training step. The engine fills in one field after the other, in this order but for
+    `targets`, which come first where the anchors alone decide them.
+
+    images: (N, 3, H, W), normalised. teacher: what the frozen teacher answers, None without one. outputs: what
+    `Method.forward` returns. targets: what `Method.assign` returns."""
+
+    images: torch.Tensor
+    truth: GroundTruth
+    anchors: Anchors
+    teacher: Any = None
+    outputs: Any = None
+    targets: Any = None
+
+
+def student_alone(student, companions, images, teacher):
+    """The forward pass of a method that trains one network."""
+    return student(images)
+
+
+def no_companions(num_classes, settings):
+    """Nothing is trained beside the student."""
+    return {}
+
+
+def no_notes(settings, num_classes, images_per_process):
+    """Nothing to tell."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a detector. `settings` are those of the method's stage script.
+
+    name: of the stage.
+    architecture(settings): the Architecture of the published network. Its head decides what the network answers, how
+        that is decoded, and which anchors lie at a location.
+    assign(step): what each anchor is to predict. It is called before the network is asked, unless assigns_by_outputs.
+    losses(step, settings): {name: scalar}, unweighted. A term of weight 0 may be left out.
+    weights(settings): {name: weight} of every loss. The loss of a step is their weighted sum.
+    load_teacher(settings, description, device, precision): the frozen teacher of `settings.teacher`, in eval mode, or a
+        UserError if a student of this description cannot learn from it. None for a method without a teacher.
+    companions(num_classes, settings): {name: nn.Module} trained beside the student: optimised, saved for --resume, not
+        published.
+    forward(student, companions, images, teacher): the forward pass, under autocast and, with several processes,
+        DistributedDataParallel. companions: an nn.ModuleDict. teacher: the teacher's answer.
+    notes(settings, num_classes, images_per_process): sentences about settings that do not do what they seem to."""
+
+    name: str
+    architecture: Callable[[Any], Any]
+    assign: Callable[[Step], Any]
+    losses: Callable[[Step, Any], dict[str, torch.Tensor]]
+    weights: Callable[[Any], dict[str, float]]
+    assigns_by_outputs: bool = False
+    load_teacher: Callable[..., torch.nn.Module] | None = None
+    companions: Callable[[int, Any], dict[str, torch.nn.Module]] = no_companions
+    forward: Callable[..., Any] = student_alone
+    notes: Callable[[Any, int, int], Iterable[str]] = no_notes

@@ -1,0 +1,27 @@
+"""The feature pyramid of a detector."""
+
+import torch.nn.functional as F
+from torch import nn
+
+
+class FeaturePyramid(nn.Module):
+    """C3, C4, C5 -> P3 to P7 (Lin et al., CVPR 2017). P6 is made of P5 and P7 of P6, without ReLU between them."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(count, channels, 1) for count in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.extra = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(2))
+        for convolution in (*self.lateral, *self.output, *self.extra):
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, maps):
+        """maps: C3, C4, C5. Returns [P3, ..., P7], (N, channels, H_l, W_l)."""
+        merged = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
+        for fine in (1, 0):
+            merged[fine] = merged[fine] + F.interpolate(merged[fine + 1], size=merged[fine].shape[2:], mode="nearest")
+        pyramid = [output(feature) for output, feature in zip(self.output, merged, strict=True)]
+        for extra in self.extra:
+            pyramid.append(extra(pyramid[-1]))
+        return pyramid
