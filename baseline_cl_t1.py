@@ -7,7 +7,7 @@ from recognition.engine import run_stage
 from recognition.settings import Settings
 from recognition.stage import Stage
 
-# Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting there is.
+# Edit here, or give the flag of the same name (data_root is --data-root); --help lists every setting of the stage.
 SETTINGS = Settings(
     data_root="data/FGSC-23",  # made by prepare_dataset.py
     output="runs/{data}/{stage}",  # checkpoints, log and results; {data} is the last part of data_root

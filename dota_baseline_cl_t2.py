@@ -8,11 +8,13 @@ from dataclasses import replace
 from baseline_cl_t2 import SETTINGS, STAGE
 from recognition.engine import run_stage
 
-# Edit here, or in baseline_cl_t2.py what both are to share; every setting is also a flag.
+# Edit here, or in baseline_cl_t2.py for both; every setting of the stage is also a flag.
 SETTINGS = replace(
     SETTINGS,
     data_root="data/DOTA",  # made by prepare_dataset.py
 )
+
+STAGE = replace(STAGE, script_prefix="dota_")
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

@@ -5,13 +5,16 @@ request the student's rivals and the student without one of its parts.
     python run_all.py --data-root data/FGSC-23 --output runs/fgsc --seeds 0 1 2 --yardsticks --ablations --resume
     python run_all.py --data-root data/mine --output runs/mine --init none --epochs 20 --schedule one-cycle --lr 0.01
 
-Every flag of the stage scripts is passed on to all of them; --init is the baseline's alone, the other stages start from
-the baseline. DIR/seed0/t1 and so on are the stages' folders; DIR/comparison.{txt,json,png} compares them."""
+Flags of the stage scripts are passed on to every stage that has them; --init is the baseline's alone, the other stages
+start from the baseline. DIR/seed0/t1 and so on are the stages' folders; DIR/comparison.{txt,json,png} compares them."""
 
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import baseline_cl_s_weight
 import baseline_cl_t1
@@ -26,14 +29,14 @@ from common.training import is_finished
 from recognition import report
 from recognition.engine import check_run
 from recognition.job_queue import Job, run_jobs, slots
-from recognition.settings import Settings, parse_settings
+from recognition.settings import Settings, parse_settings, unused_settings
 
-# Flags of a single stage that make no sense for all of them, or that this script sets itself.
-OWN_FLAGS = ("output", "seed", "init", "t1", "t2", "t3", "sampler", "train", "loss", "logit_adjustment", "distillation",
-             "test_only", "weights", "expect_accuracy")
+# Flags of a single stage, and flags that this script sets itself.
+NOT_PASSED_ON = ("output", "seed", "init", "t1", "t2", "t3", "sampler", "train", "loss", "logit_adjustment",
+                 "distillation", "test_only", "weights", "expect_accuracy")
 
 STAGES = ("baseline", "t1", "t2", "t3", "student")
-# What baseline_resnet50.py is told to train from the finished baseline, for as many steps as the student.
+# Settings of baseline_resnet50.py, which trains each rival from the finished baseline for as many steps as the student.
 RIVALS = {
     "class_aware": {"sampler": "class-aware"},
     "balanced_softmax": {"loss": "balanced-softmax"},
@@ -42,7 +45,7 @@ RIVALS = {
     "crt": {"train": "classifier", "sampler": "class-aware"},
 }
 ABLATIONS = ("student_no_hierarchy", "student_class_aware", "student_one_teacher", "student_balanced_softmax")
-ALONE = ("t2_alone", "t3_alone")  # teachers that no teacher has taught
+ALONE = ("t2_alone", "t3_alone")  # teachers trained without teachers
 ROWS = {
     "baseline": "baseline",
     "class_aware": "class-aware sampling",
@@ -58,25 +61,26 @@ ROWS = {
 }
 
 
-def parse(argv):
+def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of all the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each seed")
-    parser.add_argument("--init", help="what the baseline starts from: none, imagenet or a file; else as its script")
+    parser.add_argument("--init", help="initial weights of the baseline: none, imagenet or a file (default: as in its "
+                        "script)")
     parser.add_argument("--yardsticks", action="store_true", help="also train the student's rivals, from the finished "
                         "baseline on and for as many steps as the student: class-aware sampling, balanced softmax, "
                         "logit adjustment, LDAM-DRW, classifier re-training")
-    parser.add_argument("--ablations", action="store_true", help="also train the student with teachers that were not "
-                        "taught, with class-aware sampling, with the baseline as its only teacher, and with balanced "
+    parser.add_argument("--ablations", action="store_true", help="also train the student with teachers trained without "
+                        "teachers, with class-aware sampling, with the baseline as its only teacher, and with balanced "
                         "softmax")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="train up to N stages at once that do not "
-                        "wait for each other; each has an Nth of the CPU's threads (or OMP_NUM_THREADS of them), and "
-                        "where there are several GPUs one of its own; output in DIR/seed*/*.log")
-    add_flags(parser, [field for field in dataclasses.fields(Settings) if field.name not in OWN_FLAGS])
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="train up to N independent stages at "
+                        "once; each gets an Nth of the CPU's threads (or OMP_NUM_THREADS of them), and where there are "
+                        "several GPUs one of its own; output in DIR/seed*/*.log")
+    add_flags(parser, [field for field in dataclasses.fields(Settings) if field.name not in NOT_PASSED_ON])
     return vars(parser.parse_args(argv))
 
 
-def as_flags(values):
+def as_flags(values: dict[str, Any]) -> list[str]:
     """{"batch_size": 8, "resume": True} -> ["--batch-size", "8", "--resume"]."""
     flags = []
     for name, value in values.items():
@@ -88,20 +92,22 @@ def as_flags(values):
     return flags
 
 
-# ---- what is to run --------------------------------------------------------------------------------------------------
+# ---- the jobs --------------------------------------------------------------------------------------------------------
 
 
-def jobs_of(seed, folder, init, given):
-    """[Job] of everything that can be trained for one seed, what others wait for first.
+def jobs_of(seed: int, folder: Path, init: str | None, given: dict[str, Any]) -> list[Job]:
+    """All jobs of one seed, each after the jobs that it needs.
 
-    given: the settings that hold for all."""
+    given: the settings to be passed on to every stage that uses them."""
     best = {name: folder / name / "best.pt" for name in ("baseline", *ALONE)}
     student = baseline_cl_s_weight.SETTINGS
     as_student = {name: given.get(name, getattr(student, name)) for name in ("epochs", "lr_steps")}
     teachers = ("baseline", "t1", "t2", "t3")
 
-    def job(name, script, needs, **own):
-        flags = as_flags({**given, **own, "seed": seed, "output": folder / name})
+    def job(name: str, script: ModuleType, needs: tuple[str, ...], **own: Any) -> Job:
+        unused = unused_settings(script.STAGE)
+        passed_on = {setting: value for setting, value in given.items() if setting not in unused}
+        flags = as_flags({**passed_on, **own, "seed": seed, "output": folder / name})
         return Job(folder / name, script, flags, tuple(folder / need for need in needs))
 
     return [
@@ -123,31 +129,31 @@ def jobs_of(seed, folder, init, given):
     ]
 
 
-def wanted(output, seeds, yardsticks, ablations):
-    """The names of the folders that a comparison needs: what is asked for, and every other row that an earlier run has
-    finished for all seeds."""
+def wanted(output: Path, seeds: list[int], yardsticks: bool, ablations: bool) -> set[str]:
+    """The names of the folders that a comparison needs: the rows that the flags ask for, and every other row that an
+    earlier run has finished for all seeds."""
     names = {*STAGES, *(RIVALS if yardsticks else ()), *((*ALONE, *ABLATIONS) if ablations else ())}
     for name in [name for name in ROWS if name not in names]:
-        there = [(output / f"seed{seed}" / name / "results.json").exists() for seed in seeds]
-        if all(there):
+        finished = [(output / f"seed{seed}" / name / "results.json").exists() for seed in seeds]
+        if all(finished):
             names.add(name)
-        elif any(there):
-            say(f"note: {ROWS[name]} is not finished for every seed and will not be in the table; "
-                f"{'--yardsticks' if name in RIVALS else '--ablations'} finishes it")
+        elif any(finished):
+            flag = "--yardsticks" if name in RIVALS else "--ablations"
+            say(f"note: {ROWS[name]} is not finished for every seed and will not be in the table; {flag} finishes it")
     return names
 
 
-def finished_already(job):
+def finished_already(job: Job) -> bool:
     """Whether a job's folder holds its finished run. Raises UserError where the stage would refuse its settings or its
-    folder: what the stage itself says, without the seconds that a program takes to start."""
-    settings, _ = parse_settings(job.script.STAGE.name, job.script.SETTINGS, "", job.flags)
+    folder: the error of the stage itself, without the seconds of starting a program."""
+    settings, _ = parse_settings(job.script.STAGE, job.script.SETTINGS, "", job.flags)
     if not any((job.folder / name).exists() for name in ("settings.json", "results.json")):
         return False
     check_run(job.script.STAGE, settings, resolve_device(settings.device))
     return is_finished(settings)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     output, seeds, init, at_once = (given.pop(name) for name in ("output", "seeds", "init", "jobs"))
     yardsticks, ablations = given.pop("yardsticks"), given.pop("ablations")
@@ -166,14 +172,14 @@ def main(argv=None):
     say(f"{len(jobs)} stages, {len(finished)} of them finished already; {len(environments)} at once")
     run_jobs(jobs, environments, finished)
     paths = {name: [output / f"seed{seed}" / name / "results.json" for seed in seeds] for name in ROWS if name in names}
-    return compare(output, paths, seeds)
+    compare(output, paths, seeds)
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def read_results(path):
-    """The results of a stage. Raises UserError for a file that is not its results."""
+def read_results(path: Path) -> dict[str, Any]:
+    """The results of a stage. Raises UserError for any other file."""
     results = read_json(path)
     for key in ("dataset", "images", "image_size", "selected_on", "device", "per_class", *report.SUMMARY):
         if not isinstance(results, dict) or key not in results:
@@ -181,8 +187,8 @@ def read_results(path):
     return results
 
 
-def read_comparable(paths):
-    """{path: results} of tests on the same images. Raises UserError naming two files that are of different ones."""
+def read_comparable(paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """{path: results} of tests on the same images. Raises UserError naming two files of different tests."""
     results = {path: read_results(path) for path in paths}
     first = paths[0]
     for path in paths[1:]:
@@ -193,7 +199,7 @@ def read_comparable(paths):
     return results
 
 
-def compare(output, paths, seeds):
+def compare(output: Path, paths: dict[str, list[Path]], seeds: list[int]) -> None:
     """Write and print the comparison of the finished runs.
 
     paths: {folder name: [results.json of each seed]}, in the order of the rows."""
@@ -204,9 +210,10 @@ def compare(output, paths, seeds):
     best_rival = max(rivals, key=lambda name: table[name]["mean_per_class"][0], default=None)
     paired = report.paired_differences(table[student], table[best_rival]) if rivals else {}
     first = runs["baseline"][0]
+    numbers = "seed" if len(seeds) == 1 else "mean ± standard deviation over seeds"
     lines = [
-        f"{first['dataset']}: accuracy in per cent on {first['images']} test images, "
-        f"{'seed' if len(seeds) == 1 else 'mean ± standard deviation over seeds'} {', '.join(map(str, seeds))}",
+        f"{first['dataset']}: accuracy in per cent on {first['images']} test images, {numbers} "
+        f"{', '.join(map(str, seeds))}",
         f"{first['image_size']} x {first['image_size']} pixels; {report.how_chosen(first)}; "
         f"{first['device']}",
         report.comparison_table(table, len(seeds))]
@@ -216,9 +223,10 @@ def compare(output, paths, seeds):
     text = "\n".join(lines)
     with atomic_path(output / "comparison.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-    write_json(output / "comparison.json", {
-        "seeds": seeds, "rows": {name: as_json(row) for name, row in table.items()},
-        **({"paired": {"rows": [student, best_rival], "differences": as_json(paired)}} if rivals else {})})
+    comparison = {"seeds": seeds, "rows": {name: as_json(row) for name, row in table.items()}}
+    if rivals:
+        comparison["paired"] = {"rows": [student, best_rival], "differences": as_json(paired)}
+    write_json(output / "comparison.json", comparison)
     drawn = runs if len(runs) <= 4 else {name: runs[name] for name in ("baseline", best_rival, student) if name}
     with optional_picture(output / "comparison.png") as path:
         report.draw_comparison(drawn, path)
@@ -226,7 +234,7 @@ def compare(output, paths, seeds):
     print(f"curves, confusion matrices and results.json of each stage: {output}{os.sep}seed*{os.sep}*", flush=True)
 
 
-def as_json(row):
+def as_json(row: report.Row) -> dict[str, Any]:
     """A row of `report.comparison` as it is written."""
     return {measure: {"mean": mean, "deviation": deviation, "values": values}
             for measure, (mean, deviation, values) in row.items()}

@@ -124,9 +124,9 @@ def start_and_report(args):
     moments, settings = [args.since, time.time()], replace(SETTINGS, data_root=args.folder)
     lists = read_lists(STAGE, settings)
     moments.append(time.time())
-    fingerprint(lists[0], lists[2])
+    fingerprint(lists.info, lists.by_split())
     moments.append(time.time())
-    dataset = load_data(*lists, settings).train
+    dataset = load_data(lists, settings).train
     moments.append(time.time())
     feed = batches(dataset, "shuffled", settings.batch_size)
     next(feed)
@@ -285,8 +285,8 @@ def main():
     draw_data(Path(args.folder), args.images)
     settings = replace(SETTINGS, data_root=args.folder)
     lists = read_lists(STAGE, settings)
-    rows = build_rows(args, device, lists[0], lists[2]["train"]) + start_rows(args)
-    dataset = load_data(*lists, settings).train
+    rows = build_rows(args, device, lists.info, lists.train) + start_rows(args)
+    dataset = load_data(lists, settings).train
     for first in range(0, len(dataset), 1_000):  # as after a first epoch: read, and mapped
         dataset.cache.array[first:first + 1_000].max()
     costs = batch_costs(args, dataset)

@@ -5,7 +5,7 @@
 
 Every way runs on the same images, the batch sizes one after the other, all ways of a batch size side by side: the plain
 network in fp32 and bf16; with batch norm folded into the convolutions, which is what `--test-only` and predict.py run
-(`inference.inference_network`); compiled with frozen weights; and exported to ONNX and run by ONNX Runtime, where that
+(`inference.logits_function`); compiled with frozen weights; and exported to ONNX and run by ONNX Runtime, where that
 is installed (requirements-export.txt). Beside the time stands how many images get the same class as from the plain fp32
 network, and the largest difference of a logit in per cent of the largest logit."""
 
@@ -24,7 +24,7 @@ from common.runtime import UserError, autocast, run_script
 from common.weights import fold_batch_norm
 from dataset import network_input
 from recognition.exported import read_exported
-from recognition.inference import inference_network, load_classifier
+from recognition.inference import load_classifier, logits_function
 
 
 def plain(network, device, precision):
@@ -88,7 +88,7 @@ def main():
     if len(images) < max(args.batch_sizes):
         raise UserError(f"{len(images)} images; expected at least {max(args.batch_sizes)}, the largest batch")
     ways |= {f"plain {precision}": plain(network, device, precision) for precision in ("fp32", "bf16")}
-    ways |= {f"folded {precision}": inference_network(network, device, precision) for precision in ("fp32", "bf16")}
+    ways |= {f"folded {precision}": logits_function(network, device, precision) for precision in ("fp32", "bf16")}
     if "compiled" not in args.skip:
         ways |= {f"compiled {precision}": compiled(network, device, precision) for precision in ("fp32", "bf16")}
     first = {name: {batch: seconds_to_compile(logits_of, images[:batch]) for batch in args.batch_sizes}

@@ -61,12 +61,12 @@ def run_identity(stage: str, settings: Any, not_part: Collection[str], **more: A
     return {"stage": stage, **values, **more}
 
 
-def check_output(settings: Any, identity: dict[str, Any], data: str) -> None:
+def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Collection[str] = ()) -> None:
     """Raise UserError if `settings.output` holds another run than that of `identity` (a `run_identity`), or this run
     and --resume is not given, or the results of a test.
 
     A setting that the folder's settings.json lacks, being younger than the run, counts as its default. data: human-
-    readable name of what identity["data"] tells apart."""
+    readable name of what identity["data"] tells apart. unused: names of settings that the stage does not use."""
     folder = Path(settings.output)
     path = folder / "settings.json"
     if not path.exists():
@@ -82,7 +82,7 @@ def check_output(settings: Any, identity: dict[str, Any], data: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for name, value in identity.items():
         before = recorded.get(name, defaults.get(name))
-        if before != value:
+        if before != value and name not in unused:
             raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}; "
                             "give the settings it was started with, or another --output")
 

@@ -1,8 +1,10 @@
-"""How one stage trains: from settings to a run, epoch by epoch, with checkpoints from which it goes on as if never
-stopped, to the best epoch and its test. A stage script says WHAT (a `Stage` and its `Settings`)."""
+"""The training of one stage, from its settings to the best epoch and its test. A stage script says WHAT to train: a
+`Stage` and its `Settings`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,64 +37,68 @@ from common.training import (
 from dataset import GROUPS, fingerprint, network_input
 from recognition import report
 from recognition.distillation import imitate, sums_by_class
-from recognition.evaluation import evaluate, test, test_only
+from recognition.evaluation import TestSet, evaluate, read_checkpoint, test, test_only
 from recognition.losses import DRW_START, classification_loss
-from recognition.run import describe_run, start_run
-from recognition.settings import identity, judged_on, parse_settings
-from recognition.stage import read_lists
+from recognition.run import Run, describe_run, start_run
+from recognition.settings import Settings, identity_of_run, judged_on, parse_settings, unused_settings
+from recognition.stage import Lists, Stage, read_lists
 
-DROWNED = 10  # times the classification loss: a distillation term above it leaves little to the labels
+DROWNED = 10  # times the classification loss: a distillation term above it drowns the labels
 
 
-def run_stage(stage, settings, description, argv=None):
+def run_stage(stage: Stage, settings: Settings, description: str | None, argv: Sequence[str] | None = None) -> None:
     """The main program of a stage script: parse the flags, then train and test, or only test. Exits the process."""
-    run_script(lambda: _run(stage, *parse_settings(stage.name, settings, description, argv)))
+    run_script(lambda: _run(stage, *parse_settings(stage, settings, description, argv)))
 
 
-def _run(stage, settings, given):
+def _run(stage: Stage, settings: Settings, given: dict[str, Any]) -> int:
     device = resolve_device(settings.device)
     start_processes(device)
     seed_everything(settings.seed)
     if settings.test_only:
         return test_only(stage, settings, given, device)
-    return train(stage, settings, device)
+    train(stage, settings, device)
+    return 0
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(stage, settings, device):
-    """Train a stage, keep `last.pt` and `best.pt`, then test the best."""
+def train(stage: Stage, settings: Settings, device: torch.device) -> None:
+    """Train a stage, write `last.pt` and `best.pt`, then test the best epoch."""
     folder = Path(settings.output)
-    precision, lists, mine = check_run(stage, settings, device)
+    precision, lists, identity = check_run(stage, settings, device)
     if is_finished(settings):
-        return say_finished(settings)
+        say_finished(settings)
+        return
     run = start_run(stage, settings, lists, device, precision)
-    run.description = describe_run(run, mine)
-    record_settings(settings, mine, run.description)
+    run.description = describe_run(run, identity)
+    record_settings(settings, identity, run.description)
     train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
     chosen = "last" if settings.select == "last" else "best"
     say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
     if rank() == 0:
         with optional_picture(folder / "curves.png"):
             report.draw_curves(folder)
-    test(stage, settings, run.data.info, run.data.classes, run.data.train.labels, run.data.test, folder / "best.pt",
-         device)
+    data = run.data
+    checkpoint = read_checkpoint(folder / "best.pt", data.info)
+    test(stage, settings, checkpoint, TestSet(data.info, data.classes, data.test, data.train.labels), device)
 
 
-def check_run(stage, settings, device):
-    """Raise UserError for settings that cannot work, and for an --output that holds another run than theirs. Returns
-    the precision, what `read_lists` returned, and the run's `settings.identity`."""
+def check_run(stage: Stage, settings: Settings, device: torch.device) -> tuple[str, Lists, dict[str, Any]]:
+    """Raise UserError for settings that cannot work, and for an --output that holds another run. Returns the precision,
+    the `Lists`, and the `identity_of_run`."""
     check_possible(stage, settings)
     lists, precision = read_lists(stage, settings), run_precision(settings, device)
-    mine = identity(stage.name, settings, precision, fingerprint(lists[0], lists[2]))
+    identity = identity_of_run(stage.name, settings, precision, fingerprint(lists.info, lists.by_split()))
     if rank() == 0:
-        check_output(settings, mine, f"lists, classes or groups than {settings.data_root} has")
-    return precision, lists, mine
+        check_output(settings, identity, f"lists, classes or groups than {settings.data_root} has",
+                     unused_settings(stage))
+    return precision, lists, identity
 
 
-def check_possible(stage, settings):
-    """Raise UserError for settings that no data could make work, before any data is read."""
+def check_possible(stage: Stage, settings: Settings) -> None:
+    """Raise UserError for settings that cannot work with any data, before data is read."""
     check_common_settings(settings)
     check_batch_norm_has_pixels(settings, settings.image_size)
     if settings.sampler == "self-calibrated" and not settings.distillation:
@@ -106,10 +112,10 @@ def check_possible(stage, settings):
                         "features twice; give --teacher-batch-norm recalibrated")
 
 
-def train_step(run, trained, indices):
+def train_step(run: Run, trained: torch.nn.Module, indices: list[int]) -> tuple[tuple[str, ...], torch.Tensor]:
     """One step of a stage on training images. Returns the names of the loss terms and their values, (terms,).
 
-    trained: `run.network`, or its form for training. indices: this process's share of the batch."""
+    trained: `run.network` in its form for training. indices: this process's share of the batch."""
     settings, device = run.settings, run.device
     if settings.train == "classifier":
         trained.eval()  # frozen is frozen: batch norm too
@@ -132,11 +138,12 @@ def train_step(run, trained, indices):
     return tuple(losses), terms.detach()
 
 
-def step_losses(run, trained, images, labels, groups, targets=None):
-    """The losses of a batch by name, (B,) each: cross-entropy and those towards the teachers.
+def step_losses(run: Run, trained: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor,
+                targets: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The losses of a batch by name, (B,) each: the classification loss, and those of distillation.
 
     images: (B, 1, H, W) float. labels: (B,) class ids. groups: (B,) on the CPU, 0 head, 1 middle, 2 tail. targets: the
-    teachers' features by name, where they are known; else the teachers are asked."""
+    teachers' features by name; None or empty to compute them."""
     with autocast(run.device, run.precision):
         logits, features = trained(images)  # (B, classes), (B, 1024, H/16, W/16)
         reweighted = run.epoch >= DRW_START * run.settings.epochs
@@ -148,12 +155,12 @@ def step_losses(run, trained, images, labels, groups, targets=None):
     return losses
 
 
-def loss_term(settings):
+def loss_term(settings: Settings) -> str:
     """The name of the classification loss in logs."""
     return settings.loss.replace("-", "_")
 
 
-def learning_rate(settings, epoch, step, steps_per_epoch):
+def learning_rate(settings: Settings, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step. epoch counts from 1, step (in the epoch) from 0.
 
     `steps`: lr / 10 for each of lr_steps that has begun. `one-cycle`: a cosine from lr / 25 up to lr over the first 30
@@ -167,10 +174,10 @@ def learning_rate(settings, epoch, step, steps_per_epoch):
     return end + (settings.lr - end) * (1 + math.cos(math.pi * (done - start) / (1 - start))) / 2
 
 
-def finish_epoch(run, record):
-    """Choose the best epoch so far. Adds the accuracy to the epoch's record, and prints it."""
+def finish_epoch(run: Run, record: dict[str, Any]) -> None:
+    """Choose the best epoch so far. Adds the accuracy to the epoch's record, and prints the record."""
     folder, select = Path(run.settings.output), run.settings.select
-    network = run.answering_network()
+    network = run.published_network()
     confusion = evaluate(network, run.data.select, len(run.data.info.classes), run.device, run.precision)
     accuracy = record[f"{judged_on(run.settings)}_accuracy"] = confusion.diag().sum().item() / confusion.sum().item()
     run.description.update(epoch=run.epoch, accuracy=accuracy)
@@ -182,12 +189,12 @@ def finish_epoch(run, record):
     warn_of_drowned_labels(run, record)
 
 
-def warn_of_drowned_labels(run, record):
-    """Print one line, once a run, when a distillation term is far above the classification loss over an epoch."""
+def warn_of_drowned_labels(run: Run, record: dict[str, Any]) -> None:
+    """Print one line, once a run, if a distillation term of an epoch is far above the classification loss."""
     labels = record[loss_term(run.settings)]
     for name, value in record.items():
         if name.startswith("mse_") and value > DROWNED * labels and not run.warned:
             run.warned = True
             say(f"note: {name} is {value / max(labels, 1e-6):.0f} times the classification loss, so this stage learns "
                 "to imitate and hardly from the labels; usual reasons: teachers that normalise by other statistics "
-                "than this network (give --teacher-batch-norm train), or that started from another --init than it")
+                "than this network (give --teacher-batch-norm train), or started from another --init")

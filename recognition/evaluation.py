@@ -1,16 +1,20 @@
-"""How good a network is: its confusion matrix, its cost, and the test entry `--test-only`."""
+"""Tests of a network: its predictions, its confusion matrix, its cost, and `--test-only`."""
 
 import dataclasses
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.charts import optional_picture
 from common.files import read_json, sha256_of
-from common.precision import resolve_precision
+from common.flags import check_test_output
+from common.precision import precision_of_test
 from common.runtime import (
     UserError,
     device_name,
@@ -20,27 +24,47 @@ from common.runtime import (
     sum_over_processes,
     world_size,
 )
-from dataset import class_counts, network_input, read_info
+from dataset import DatasetInfo, ImageDataset, class_counts, network_input, read_info
 from recognition import report
-from recognition.inference import batch_size, inference_network
+from recognition.inference import batch_size, logits_function
 from recognition.mistakes import draw_mistakes
-from recognition.stage import check_classes, load_test_images, read_lists
-from resnet50 import load_network
+from recognition.settings import Settings
+from recognition.stage import Stage, check_classes, load_test_images, read_lists
+from resnet50 import ResNet50, load_network
 
 
 class Predictions(NamedTuple):
-    """What a network says about each of N images, on the CPU. classes: (N,) int64, the most probable class.
+    """The predictions of a network for N images, on the CPU. classes: (N,) int64, the most probable class of each.
     probabilities: (N,) fp32, of that class, by softmax."""
 
     classes: torch.Tensor
     probabilities: torch.Tensor
 
 
+class Checkpoint(NamedTuple):
+    """A file of weights, loaded: its network, and its metadata (None for weights that bring none)."""
+
+    path: Path
+    network: ResNet50
+    description: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The images of a test. info: of the data set. classes: the ids to report on. train_labels: of the images that the
+    network was trained on, to be counted in the report."""
+
+    info: DatasetInfo
+    classes: list[int]
+    images: ImageDataset
+    train_labels: Sequence[int] | np.ndarray
+
+
 @torch.inference_mode()
-def predict_all(network, dataset, device, precision):
-    """The Predictions of `network` for every image of `dataset`. With several processes each takes a share, and all of
-    them return the whole."""
-    logits_of, together = inference_network(network, device, precision), batch_size(device)
+def predict_all(network: torch.nn.Module, dataset: ImageDataset, device: torch.device, precision: str) -> Predictions:
+    """The Predictions of `network` for every image of `dataset`. With several processes each computes a share, and all
+    of them return the whole."""
+    logits_of, together = logits_function(network, device, precision), batch_size(device)
     classes = torch.zeros(len(dataset), dtype=torch.int64, device=device)
     probabilities = torch.zeros(len(dataset), device=device)
     share = range(rank(), len(dataset), world_size())
@@ -52,30 +76,32 @@ def predict_all(network, dataset, device, precision):
         at = slice(batch.start, batch.stop, batch.step)
         classes[at] = predicted
         probabilities[at] = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
-    # What is another's is 0 here, so that the sum joins the shares.
+    # The shares of other processes are 0 here, so the sum joins them.
     return Predictions(sum_over_processes(classes).cpu(), sum_over_processes(probabilities).cpu())
 
 
-def confusion_matrix(labels, predicted, num_classes):
-    """(true classes, predicted classes) int64: how many images of each class were taken for each, from (N,) int64
-    labels and predictions."""
+def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """(true classes, predicted classes) int64: the number of images for each pair, from (N,) int64 labels and
+    predictions."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def evaluate(network, dataset, num_classes, device, precision):
+def evaluate(network: torch.nn.Module, dataset: ImageDataset, num_classes: int, device: torch.device,
+             precision: str) -> torch.Tensor:
     """Confusion matrix of `network` over `dataset`, (true classes, predicted classes) int64 on the CPU."""
     predictions = predict_all(network, dataset, device, precision)
     return confusion_matrix(torch.from_numpy(dataset.labels), predictions.classes, num_classes)
 
 
 @torch.inference_mode()
-def measure(network, image_size, device, precision, repeats=5):
-    """Parameters, FLOPs of one image (2 a multiply-add, convolutions and linear layers) and the milliseconds that an
-    image takes in a batch of 8 (median of 5 batches after one to warm up)."""
+def measure(network: torch.nn.Module, image_size: int, device: torch.device, precision: str,
+            repeats: int = 5) -> dict[str, Any]:
+    """Parameters, FLOPs of one image (2 a multiply-add, convolutions and linear layers) and milliseconds an image in a
+    batch of 8 (median of 5 batches after one to warm up)."""
     images = torch.zeros(8, 1, image_size, image_size, dtype=torch.uint8, device=device)
     with FlopCounterMode(display=False) as counter:
         network.eval()(network_input(images[:1]))
-    logits_of, seconds = inference_network(network, device, precision), []
+    logits_of, seconds = logits_function(network, device, precision), []
     for _ in range(repeats + 1):
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -88,63 +114,64 @@ def measure(network, image_size, device, precision, repeats=5):
             "ms_per_image_batch": len(images)}
 
 
-def test(stage, settings, info, classes, train_labels, dataset, weights, device):
-    """Test a checkpoint, print the table, write results.json and results.txt, then confusion.png and mistakes.png, into
-    `settings.output`. Returns the results on the first process, None on the others.
+def read_checkpoint(path: Path, info: DatasetInfo) -> Checkpoint:
+    """The Checkpoint in a file, of as many classes as the data set has. Raises UserError for anything else."""
+    return Checkpoint(path, *load_network(path, len(info.classes)))
 
-    info: the DatasetInfo. classes: the ids to report on. train_labels: of the images it was trained on, to be counted.
-    dataset: the test images. The precision `auto` is fp32 here: a number that is compared with a published one should
-    not hang on the machine."""
-    precision = resolve_precision("fp32" if settings.precision == "auto" else settings.precision, device)
-    num_classes = len(info.classes)
-    network, description = load_network(weights, num_classes)
+
+def test(stage: Stage, settings: Settings, checkpoint: Checkpoint, test_set: TestSet,
+         device: torch.device) -> dict[str, Any] | None:
+    """Test a checkpoint: print the table, and write results.json, results.txt, confusion.png and mistakes.png into
+    `settings.output`. Returns the results on the first process, None on the others."""
+    info, images, precision = test_set.info, test_set.images, precision_of_test(settings.precision, device)
+    num_classes, network = len(info.classes), checkpoint.network
     network.to(device, memory_format=torch.channels_last)
-    predictions = predict_all(network, dataset, device, precision)
+    predictions = predict_all(network, images, device, precision)
     if rank() != 0:
         return None
-    confusion = confusion_matrix(torch.from_numpy(dataset.labels), predictions.classes, num_classes)
-    description = description or {"stage": stage.name, "selected_on": "unknown", "epoch": None}
+    confusion = confusion_matrix(torch.from_numpy(images.labels), predictions.classes, num_classes)
+    description = checkpoint.description or {"stage": stage.name, "selected_on": "unknown", "epoch": None}
     results = {
         "dataset": info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
         "selected_on": description["selected_on"], "epoch": description["epoch"],
-        "weights": str(weights), "weights_sha256": sha256_of(weights),
-        **report.accuracies(confusion, info, classes, class_counts(train_labels, num_classes)),
+        "weights": str(checkpoint.path), "weights_sha256": sha256_of(checkpoint.path),
+        **report.accuracies(confusion, info, test_set.classes, class_counts(test_set.train_labels, num_classes)),
         **measure(network, settings.image_size, device, precision), "image_size": settings.image_size,
         "device": device_name(device), "precision": precision, "versions": library_versions(),
         "confusion": confusion.tolist(),
     }
     report.write_results(Path(settings.output), results)
-    draw_pictures(Path(settings.output), results, dataset, predictions, info)
+    draw_pictures(Path(settings.output), results, test_set, predictions)
     return results
 
 
-def draw_pictures(folder, results, dataset, predictions, info):
-    """confusion.png and mistakes.png of a test; one that cannot be drawn is a note."""
+def draw_pictures(folder: Path, results: dict[str, Any], test_set: TestSet, predictions: Predictions) -> None:
+    """Draw confusion.png and mistakes.png of a test; for a picture that cannot be drawn a note is printed."""
     with optional_picture(folder / "confusion.png") as path:
         report.draw_confusion(results, path)
     with optional_picture(folder / "mistakes.png") as path:
-        draw_mistakes(dataset, predictions, info, f"{results['dataset']}, {results['stage']}", path)
+        draw_mistakes(test_set.images, predictions, test_set.info, f"{results['dataset']}, {results['stage']}", path)
     drawn = [name for name in ("confusion.png", "mistakes.png") if (folder / name).is_file()]
     if drawn:
         say(f"drawn: {folder / ', '.join(drawn)}")
 
 
-def test_only(stage, settings, given, device):
+def test_only(stage: Stage, settings: Settings, given: Collection[str], device: torch.device) -> int:
     """`--test-only`: test a checkpoint of this project or released weights. Returns the exit status.
 
-    given: the flags that were given; without --image-size a checkpoint is tested at the size it was trained at."""
+    given: names of the flags that were given; without --image-size a checkpoint is tested at its training size."""
     output = Path(settings.output)
     weights = Path(settings.weights or output / "best.pt")
-    if weights.resolve().parent != output.resolve() and (output / "settings.json").exists():
-        raise UserError(f"{output}: holds a run of its own; give another --output for the test of {weights}")
+    check_test_output(settings, weights)
     info = read_info(settings.data_root)
-    _, description = load_network(weights, len(info.classes))
+    checkpoint = read_checkpoint(weights, info)
+    description = checkpoint.description
     earlier = output / "results.json"
     if earlier.exists():
         tested = read_json(earlier)
         if not isinstance(tested, dict) or tested.get("weights_sha256") != sha256_of(weights):
             raise UserError(f"{earlier}: is of other weights than {weights}; give another --output")
-    # Released weights were trained on the whole list: that is what their training counts are to be.
+    # Released weights were trained on the whole list, val included: so their training images are to be counted.
     select = "test"
     if description:
         check_classes(description, info, weights)
@@ -152,15 +179,15 @@ def test_only(stage, settings, given, device):
         if "image_size" not in given:
             settings = dataclasses.replace(settings, image_size=description["preprocessing"]["image_size"])
     settings = dataclasses.replace(settings, select=select)
-    info, classes, splits = read_lists(stage, settings, training=False)
-    images = load_test_images(info, classes, splits, settings)
+    lists = read_lists(stage, settings, training=False)
+    images = load_test_images(lists, settings)
     say(f"testing {weights} on {info.name}: {len(images)} images at {settings.image_size}x{settings.image_size}")
-    train_labels = [sample.label for sample in splits["train"]] if "train" in splits else []
-    results = test(stage, settings, info, classes, train_labels, images, weights, device)
+    test_set = TestSet(lists.info, lists.classes, images, [sample.label for sample in lists.train])
+    results = test(stage, settings, checkpoint, test_set, device)
     if results and settings.expect_accuracy is not None:
-        found = round(100 * results["overall"], 2)
-        if abs(found - settings.expect_accuracy) > 0.005:
-            say(f"expected an overall accuracy of {settings.expect_accuracy:.2f} per cent, found {found:.2f}")
+        accuracy = round(100 * results["overall"], 2)
+        if abs(accuracy - settings.expect_accuracy) > 0.005:
+            say(f"expected an overall accuracy of {settings.expect_accuracy:.2f} per cent, found {accuracy:.2f}")
             return 1
-        say(f"the overall accuracy is {found:.2f} per cent, as expected")
+        say(f"the overall accuracy is {accuracy:.2f} per cent, as expected")
     return 0

@@ -1,10 +1,10 @@
-"""Networks that only answer: checkpoints, released weights and exported files, each as one function from grey images
-to logits, in the way that was measured to be fast, with the names of its classes."""
+"""Trained networks for inference: checkpoints, released weights and exported files, each as a fast function from grey
+images to logits, with the names of its classes."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,25 +16,28 @@ from recognition.exported import SUFFIXES, read_exported
 from recognition.published import DOTA, FGSC23
 from resnet50 import ResNet50, load_state, read_weights
 
+LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 
-def batch_size(device):
-    """How many images to pass through a network together. On a CPU the features of more do not fit the caches: with
-    64 an image takes up to twice as long as with 8 or 16."""
+def batch_size(device: torch.device) -> int:
+    """The number of images to pass through a network together. On a CPU the features of more do not fit the caches:
+    with 64 an image takes up to twice as long as with 8 or 16."""
     return 16 if device.type == "cpu" else 64
 
 
-def inference_network(network, device, precision):
+def logits_function(network: torch.nn.Module, device: torch.device, precision: str) -> LogitsFunction:
     """A function from images (B, 1, H, W) uint8, on any device, to logits (B, classes) fp32 on `device`.
 
-    It holds a copy of `network`, in eval mode, with batch norm folded, and for bf16 cast as a whole: its logits are
-    as near to those of fp32 as with autocast, which casts the weights anew for every batch."""
+    It holds a copy of `network` in eval mode with folded batch norms, for bf16 cast as a whole: its logits are as near
+    to those of fp32 as with autocast, which casts the weights again for every batch."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     folded = fold_batch_norm(network).to(device, dtype, memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def logits_of(images):
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
         return folded(network_input(images.to(device)).to(dtype))[0].float()
 
     return logits_of
@@ -44,31 +47,33 @@ def inference_network(network, device, precision):
 
 
 class Classifier(NamedTuple):
-    """A file, ready for images. logits_of: a function as `inference_network` gives. classes: their names in id order.
-    image_size: of its square images, in pixels. batch_size: how many images to give it together."""
+    """A loaded file. logits_of: a function as of `logits_function`. classes: names in id order. image_size: side of its
+    square images, in pixels. batch_size: the number of images to pass to it together."""
 
-    logits_of: Callable
-    classes: list
+    logits_of: LogitsFunction
+    classes: list[str]
     image_size: int
     batch_size: int
 
 
-def open_classifier(weights, data_root=None, image_size=None, device="auto", precision="auto"):
+def open_classifier(weights: str | Path, data_root: str | None = None, image_size: int | None = None,
+                    device: str = "auto", precision: str = "auto") -> Classifier:
     """The Classifier of a checkpoint, of released weights, or of a file that export.py wrote.
 
-    data_root: the data set with the class names, for weights that bring none. image_size: None is what it was trained
-    at. device, precision: as the flags of those names."""
+    data_root: the data set with the class names, for weights that bring none. image_size: None for the training size.
+    device, precision: as the flags of those names."""
     if Path(weights).suffix.lower() in SUFFIXES:
         return _open_exported(weights, data_root, image_size, device, precision)
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     network, description = load_classifier(weights, data_root, image_size)
-    return Classifier(inference_network(network, device, precision), description["classes"],
+    return Classifier(logits_function(network, device, precision), description["classes"],
                       description["preprocessing"]["image_size"], batch_size(device))
 
 
-def _open_exported(path, data_root, image_size, device, precision):
-    # What export.py has checked is what runs: the file as it is, in fp32, on the CPU.
+def _open_exported(path: str | Path, data_root: str | None, image_size: int | None, device: str,
+                   precision: str) -> Classifier:
+    # The file runs as export.py has checked it: in fp32, on the CPU.
     if device not in ("auto", "cpu") or precision not in ("auto", "fp32"):
         raise UserError(f"{path}: an exported file runs on the CPU in fp32 here; for --device {device} --precision "
                         f"{precision} give the checkpoint")
@@ -80,9 +85,10 @@ def _open_exported(path, data_root, image_size, device, precision):
     return Classifier(logits_of, classes, size, batch_size(torch.device("cpu")))
 
 
-def load_classifier(weights, data_root=None, image_size=None):
+def load_classifier(weights: str | Path, data_root: str | None = None,
+                    image_size: int | None = None) -> tuple[ResNet50, dict[str, Any]]:
     """(network in eval mode on the CPU, description) of a checkpoint or released weights; arguments as in
-    `open_classifier`. Of weights that bring no description it says what is known."""
+    `open_classifier`. For weights without a description it is `describe_released`."""
     state, description = read_weights(weights)
     classifier = state.get("fc.weight", torch.empty(0))
     if classifier.ndim != 2 or classifier.shape[1] != 2048 or not len(classifier):
@@ -97,9 +103,9 @@ def load_classifier(weights, data_root=None, image_size=None):
     return network.eval(), description
 
 
-def describe_released(num_classes, data_root, weights):
-    """The description of weights that bring none: class names and groups from --data-root or the published data sets,
-    the recipe's preprocessing; stage and selection are unknown, and the epoch is 0."""
+def describe_released(num_classes: int, data_root: str | None, weights: str | Path) -> dict[str, Any]:
+    """A description for weights without one: class names and groups from --data-root or the published data sets, the
+    recipe's preprocessing; stage and selection are unknown, the epoch is 0."""
     if data_root:
         known = describe(read_info(data_root))
     else:
@@ -113,8 +119,9 @@ def describe_released(num_classes, data_root, weights):
     return {"stage": "unknown", **known, "preprocessing": preprocessing, "selected_on": "unknown", "epoch": 0}
 
 
-def check_class_names(description, num_classes, data_root, path):
-    """Raise UserError unless a description names as many classes as the network has, and those of --data-root."""
+def check_class_names(description: dict[str, Any], num_classes: int, data_root: str | None, path: str | Path) -> None:
+    """Raise UserError unless the classes that a description names are as many as the network's, and those of
+    --data-root."""
     if data_root and read_info(data_root).classes != description["classes"]:
         raise UserError(f"{path}: was trained for other classes than those of {data_root}")
     if len(description["classes"]) != num_classes:

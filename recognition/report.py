@@ -1,39 +1,46 @@
-"""What people read: accuracies by class and group, `results.json`, the authors' text form, tables and pictures."""
+"""Reports for people: accuracies by class and group, `results.json`, the authors' text form, tables and pictures."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
 
 from common.charts import as_label, new_figure, save_figure
 from common.files import atomic_path, read_json_lines, write_json
 from common.runtime import say
 from common.text import percent
-from dataset import GROUPS
+from dataset import GROUPS, DatasetInfo
 from recognition.settings import judged_on
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
 ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, rivals, student
-READABLE_CLASSES = 120  # of a confusion matrix with its counts; more of them are drawn in colours alone
+READABLE_CLASSES = 120  # at most for counts in a confusion matrix; with more classes it has colours alone
+Row = dict[str, tuple[float, float, list[float]]]  # {measure: (mean, deviation, values of the seeds)}
 SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
 
 
-def accuracies(confusion, info, classes, train_counts):
+def accuracies(confusion: torch.Tensor, info: DatasetInfo, classes: list[int],
+               train_counts: Sequence[int] | np.ndarray) -> dict[str, Any]:
     """Accuracies, as fractions, from a confusion matrix.
 
     confusion: (C, C) int, [true, predicted]. classes: the ids that were tested. train_counts: (C,) training images.
-    `overall`, `head`, `middle` and `tail` weigh every image alike, `head_class_mean` and its like every class; a group
+    `overall`, `head`, `middle` and `tail` weigh all images alike, `head_class_mean` and so on all classes; a group
     without a tested image is None. `mean_per_class` is over the classes that have a test image."""
     group_of_class = info.group_of_class().tolist()
     correct, images = confusion.diag().tolist(), confusion.sum(1).tolist()
     per_class = [{"id": c, "name": info.classes[c], "group": GROUPS[group_of_class[c]], "train": int(train_counts[c]),
                   "test": images[c], "accuracy": correct[c] / images[c] if images[c] else None} for c in classes]
 
-    def by_image(ids):
+    def by_image(ids: list[int]) -> float | None:
         total = sum(images[c] for c in ids)
         return sum(correct[c] for c in ids) / total if total else None
 
-    def by_class(rows):
+    def by_class(rows: list[dict[str, Any]]) -> float | None:
         values = [row["accuracy"] for row in rows if row["accuracy"] is not None]
         return mean(values) if values else None
 
@@ -46,7 +53,7 @@ def accuracies(confusion, info, classes, train_counts):
     }
 
 
-def results_table(results):
+def results_table(results: dict[str, Any]) -> str:
     """The table of one test as text: a line a class, then the summary."""
     width = max(len(row["name"]) for row in results["per_class"])
     lines = [f"{'id':>3} {'class':<{width}} {'group':<6} {'train':>6} {'test':>6} {'accuracy':>8}"]
@@ -64,14 +71,14 @@ def results_table(results):
     return "\n".join(lines)
 
 
-def how_chosen(results):
-    """How the epoch that was tested was chosen, human-readable."""
+def how_chosen(results: dict[str, Any]) -> str:
+    """How the tested epoch was chosen, human-readable."""
     return {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
             "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
-        results["selected_on"], "epoch chosen in a way this file does not tell")
+        results["selected_on"], "how the epoch was chosen is unknown")
 
 
-def authors_text(results):
+def authors_text(results: dict[str, Any]) -> str:
     """The result file as the authors' code writes it: `id:accuracy` lines, then the averages over images."""
     lines = [f"{row['id']}:{0.0 if row['accuracy'] is None else row['accuracy']}" for row in results["per_class"]]
     lines += [f"average_acc:{results['overall']}"]
@@ -79,7 +86,7 @@ def authors_text(results):
     return "\n".join([*lines, f"test_image_all:{results['images']}"]) + "\n"
 
 
-def write_results(folder, results):
+def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Print the table and write results.json and results.txt (the authors' form) into `folder`."""
     print(results_table(results), flush=True)
     with atomic_path(folder / "results.txt") as temporary:
@@ -88,7 +95,7 @@ def write_results(folder, results):
     print(f"written: {folder / 'results.json'}, results.txt", flush=True)
 
 
-def log_epoch(record, run):
+def log_epoch(record: dict[str, Any], run: Any) -> None:
     """Print the one line of an epoch."""
     settings = run.settings
     split = judged_on(settings)
@@ -103,11 +110,11 @@ def log_epoch(record, run):
 # ---- several runs ----------------------------------------------------------------------------------------------------
 
 
-def comparison(runs):
+def comparison(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Row]:
     """Mean and standard deviation of the summary accuracies.
 
-    runs: {row name: [results of one seed, ...]}. Returns {row name: {measure: (mean, deviation, values)}}."""
-    table = {}
+    runs: {row name: [results of one seed, ...]}. Returns {row name: Row}."""
+    table: dict[str, Row] = {}
     for name, seeds in runs.items():
         table[name] = {}
         for measure in SUMMARY:
@@ -117,14 +124,14 @@ def comparison(runs):
     return table
 
 
-def deviation(values):
+def deviation(values: list[float]) -> float:
     """The standard deviation of a sample (n - 1), 0 of a single value."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def paired_differences(row, other):
-    """Two rows of a `comparison` seed by seed: {measure: (mean, deviation, values)} of `row` minus `other`. What the
-    seeds have in common, such as the baseline that both start from, drops out of the deviation."""
+def paired_differences(row: Row, other: Row) -> Row:
+    """`row` minus `other` of a `comparison`, seed by seed. Effects common to both in a seed, such as the baseline that
+    they start from, drop out of the deviation."""
     differences = {}
     for measure in row:
         if measure in other:
@@ -133,18 +140,21 @@ def paired_differences(row, other):
     return differences
 
 
-def paired_line(differences, seeds):
+def paired_line(differences: Row, seeds: int) -> str:
     """The differences by class mean, overall and tail as text, in per cent: "class mean +1.3 ± 0.4, ..."."""
-    columns = [("class mean", "mean_per_class"), ("overall", "overall"), ("tail", "tail")]
-    return ", ".join(f"{title} {100 * differences[measure][0]:+.1f}"
-                     + (f" ± {100 * differences[measure][1]:.1f}" if seeds > 1 else "")
-                     for title, measure in columns if measure in differences)
+    parts = []
+    for title, measure in (("class mean", "mean_per_class"), ("overall", "overall"), ("tail", "tail")):
+        if measure in differences:
+            difference, spread, _ = differences[measure]
+            text = f"{title} {100 * difference:+.1f}"
+            parts.append(f"{text} ± {100 * spread:.1f}" if seeds > 1 else text)
+    return ", ".join(parts)
 
 
-def comparison_table(table, seeds):
+def comparison_table(table: dict[str, Row], seeds: int) -> str:
     """The comparison as text, in per cent; with several seeds as mean ± standard deviation.
 
-    overall, head, middle and tail are averages over images, as in the paper; the last two over classes."""
+    overall, head, middle and tail are averages over images, as in the paper; the last two columns, over classes."""
     columns = [(name, name) for name in ("overall", *GROUPS)]
     columns += [("class mean", "mean_per_class"), ("tail cl. mean", "tail_class_mean")]
     width = max(len(name) for name in table)
@@ -166,8 +176,8 @@ def comparison_table(table, seeds):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def draw_class_counts(info, counts, path):
-    """Training images of each class, the most first, in the colours of head, middle and tail.
+def draw_class_counts(info: DatasetInfo, counts: dict[str, np.ndarray], path: Path) -> None:
+    """Bars of the training images of each class, the largest first, in the colours of head, middle and tail.
 
     counts: {"train": (C,), "val": (C,)}, which are added up."""
     totals = [int(train + val) for train, val in zip(counts["train"], counts["val"], strict=True)]
@@ -188,8 +198,8 @@ def draw_class_counts(info, counts, path):
     save_figure(figure, path)
 
 
-def draw_confusion(results, path):
-    """The confusion matrix as a picture: rows are true classes, each scaled to sum 1, named in their group's colour."""
+def draw_confusion(results: dict[str, Any], path: Path) -> None:
+    """Draw the confusion matrix: rows are true classes, scaled to sum 1, their names in the colour of their group."""
     ids = [row["id"] for row in results["per_class"]]
     side = min(max(5.0, 0.32 * len(ids) + 2.5), 40)
     figure = new_figure(side, side)
@@ -217,8 +227,8 @@ def draw_confusion(results, path):
     save_figure(figure, path)
 
 
-def draw_curves(folder):
-    """curves.png from log.jsonl, if it is there: loss terms, and the accuracy that the best epoch was chosen by."""
+def draw_curves(folder: Path) -> None:
+    """Draw curves.png from log.jsonl, if there is one: loss terms, and the accuracy for choosing the best epoch."""
     records = read_json_lines(Path(folder) / "log.jsonl")
     if not records:
         return
@@ -239,7 +249,7 @@ def draw_curves(folder):
     save_figure(figure, Path(folder) / "curves.png")
 
 
-def draw_comparison(runs, path):
+def draw_comparison(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy of every class in every row of `runs`, the classes with most training images first.
 
     runs: {row name: [results of one seed, ...]}, at most as many as ROW_COLOURS; the bars are means over seeds."""
@@ -251,9 +261,9 @@ def draw_comparison(runs, path):
     for number, (name, seeds) in enumerate(runs.items()):
         values = []
         for row in rows:
-            found = [other["accuracy"] for results in seeds for other in results["per_class"]
-                     if other["id"] == row["id"] and other["accuracy"] is not None]
-            values.append(100 * mean(found) if found else math.nan)
+            of_class = [other["accuracy"] for results in seeds for other in results["per_class"]
+                        if other["id"] == row["id"] and other["accuracy"] is not None]
+            values.append(100 * mean(of_class) if of_class else math.nan)
         axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name,
                  color=colours[number])
     axes.set_xticks(range(len(rows)), [f"{as_label(row['name'])} ({row['train']})" for row in rows], rotation=60,

@@ -1,18 +1,26 @@
-"""One training run of a stage: what it holds, how it starts or is resumed, and what its checkpoints say of it."""
+"""One training run of a stage: its parts, its start or resumption, and the metadata of its checkpoints."""
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ClassAwareSampler import ClassAwareBatchSampler, SelfCalibratedBatchSampler, ShuffledBatchSampler
+from ClassAwareSampler import (
+    ClassAwareBatchSampler,
+    GlobalBatchSampler,
+    SelfCalibratedBatchSampler,
+    ShuffledBatchSampler,
+)
 from common.runtime import device_name, library_versions, rank, say, world_size
 from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume, sgd
-from dataset import class_counts, describe
+from dataset import ImageDataset, class_counts, describe
 from recognition.feature_cache import FeatureCache, open_feature_cache
 from recognition.losses import CosineClassifier, adjust_logits
+from recognition.settings import Settings
 from recognition.stage import (
     Data,
+    Lists,
     Stage,
     check_classes,
     freeze_teachers,
@@ -26,12 +34,12 @@ from resnet50 import ResNet50, initialise
 
 @dataclass(kw_only=True)
 class Run(TrainingRun):
-    """Everything that one training run of a stage holds."""
+    """One training run of a stage."""
 
     stage: Stage
     data: Data
-    teachers: dict  # {name: frozen ResNet50}
-    features: FeatureCache | None  # what the teachers say of the training images, if it is kept on disk
+    teachers: dict[str, torch.nn.Module]  # frozen ResNet50s by name
+    features: FeatureCache | None  # the teachers' features of the training images, where they are kept on disk
     flips: torch.Generator
     best_epoch: int = 0
     best_accuracy: float = -1.0
@@ -42,8 +50,8 @@ class Run(TrainingRun):
         counts = class_counts(self.data.train.labels, len(self.group_of_class))
         self.class_counts = torch.from_numpy(counts).to(self.device)  # (C,) training images
 
-    def answering_network(self):
-        """The network as it answers outside training: a plain ResNet50, its logits adjusted if that is asked for."""
+    def published_network(self) -> ResNet50:
+        """The network outside training: a plain ResNet50, its logits adjusted if the settings say so."""
         settings, network = self.settings, self.network
         if settings.loss == "ldam-drw" or settings.logit_adjustment:
             network = copy.deepcopy(network)
@@ -59,35 +67,33 @@ class Run(TrainingRun):
 
     def restore_more(self, state):
         if state["features_kept"] != (self.features is not None):
-            raise ValueError("it was begun with the teachers' features kept on disk and they are not now, or the other "
-                             "way round; give --feature-cache and the disk the room they had")
+            raise ValueError("the run was begun with the teachers' features kept on disk and they are not now, or the "
+                             "other way round; give --feature-cache and the disk the room they had")
         self.sampler.load_state_dict(state["sampler"])
         self.flips.set_state(state["flips"])
         self.best_epoch, self.best_accuracy = state["best_epoch"], state["best_accuracy"]
 
 
-def start_run(stage, settings, lists, device, precision):
-    """A Run, new or resumed. What may be missing is looked for before the images are read.
-
-    lists: what `read_lists` returned."""
+def start_run(stage: Stage, settings: Settings, lists: Lists, device: torch.device, precision: str) -> Run:
+    """A Run, new or resumed. Missing files are reported before the images are read."""
     init, weights = initial_weights(stage, settings), teacher_weights(stage, settings)
-    info = lists[0]
+    info = lists.info
     teachers = load_teachers(weights, settings, info)
     network = ResNet50(len(info.classes))
     if not is_resumed(settings):
-        said, description = initialise(network, init)
+        origin, description = initialise(network, init)
         if description:
             check_classes(description, info, init)
-        say(f"initialised: {said}")
+        say(f"initialised: {origin}")
     prepare_classifier(network, settings)
-    data = load_data(*lists, settings)
+    data = load_data(lists, settings)
     teachers = freeze_teachers(teachers, settings, data, device, precision)
     features = open_feature_cache(stage, settings, data, teachers, weights, device, precision)
-    sampler = make_sampler(stage, settings, data.train, len(info.classes))
+    sampler = make_sampler(settings, data.train, len(info.classes))
     network.to(device, memory_format=torch.channels_last)
     optimizer = sgd(network.parameters(), settings, device)
     flips = torch.Generator().manual_seed(settings.seed + 1)
-    # A sampler that waits for each step's losses costs the look at them anyway.
+    # Self-calibrated sampling waits for the losses of every step anyway, so a check of each costs nothing more.
     check_every = 1 if settings.sampler == "self-calibrated" else UNCHECKED_STEPS
     run = Run(name=stage.name, settings=settings, device=device, precision=precision, network=network,
               optimizer=optimizer, sampler=sampler, check_every=check_every, stage=stage, data=data, teachers=teachers,
@@ -96,8 +102,9 @@ def start_run(stage, settings, lists, device, precision):
     return run
 
 
-def prepare_classifier(network, settings):
-    """Give `network`, in place, the last layer that --loss and --train ask for, and freeze what is not trained."""
+def prepare_classifier(network: ResNet50, settings: Settings) -> None:
+    """Give `network`, in place, the last layer for --loss and --train, and freeze the parameters that are not
+    trained."""
     if settings.loss == "ldam-drw":
         classifier = CosineClassifier(network.fc.in_features, network.fc.out_features)
         classifier.load_state_dict(network.fc.state_dict())
@@ -110,7 +117,7 @@ def prepare_classifier(network, settings):
         network.fc.reset_parameters()
 
 
-def make_sampler(stage, settings, dataset, num_classes):
+def make_sampler(settings: Settings, dataset: ImageDataset, num_classes: int) -> GlobalBatchSampler:
     """The batch sampler that the settings name, over `dataset`."""
     arguments = (dataset.labels, settings.batch_size, settings.seed, rank(), world_size())
     if settings.sampler == "shuffled":
@@ -120,10 +127,10 @@ def make_sampler(stage, settings, dataset, num_classes):
     return SelfCalibratedBatchSampler(*arguments, num_classes=num_classes, momentum=settings.calibration_momentum)
 
 
-def describe_run(run, mine):
-    """Print what is about to run. Returns the description for its checkpoints, of plain values.
+def describe_run(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
+    """Print a summary of the run. Returns the metadata of its checkpoints, plain values.
 
-    mine: the run's `settings.identity`."""
+    identity: the run's `settings.identity_of_run`."""
     stage, settings, data = run.stage, run.settings, run.data
     say(f"stage {stage.name} on {data.info.name}: {len(data.classes)} classes ({stage.group}), {len(data.train)} "
         f"images to train on, {len(data.select)} to select on ({settings.select}), {len(data.test)} to test")
@@ -135,7 +142,5 @@ def describe_run(run, mine):
             "for a short run consider --schedule one-cycle")
     preprocessing = {"channels": 1, "image_size": settings.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5}
     return {"stage": stage.name, **describe(data.info), "preprocessing": preprocessing, "selected_on": settings.select,
-            "settings": mine, "device": device_name(run.device), "processes": world_size(),
+            "settings": identity, "device": device_name(run.device), "processes": world_size(),
             "versions": library_versions()}
-
-

@@ -1,7 +1,6 @@
-"""What a stage is, and what it needs before it can run: its classes' images, and the checkpoints of earlier stages."""
+"""A stage, and what it needs before it can run: the images of its classes, and the checkpoints of earlier stages."""
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from ClassAwareSampler import ClassAwareBatchSampler
 from common.image_cache import ImageCache
 from common.runtime import UserError, autocast, say
-from dataset import GROUPS, SPLITS, ImageDataset, class_counts, network_input, read_info, read_split
+from dataset import GROUPS, DatasetInfo, ImageDataset, Sample, class_counts, network_input, read_info, read_split
 from recognition.distillation import freeze, recalibrate
 from resnet50 import load_network
 
@@ -24,35 +23,54 @@ class Stage:
     """One stage of T2FTS.
 
     name: also the name of its folder. group: the classes it is trained and tested on: `head`, `middle`, `tail`, `all`.
-    teachers: the stages that teach it. targets: the function of `distillation` that gives the features to imitate."""
+    teachers: the stages that teach it. targets: the function of `distillation` that returns the features to imitate.
+    script_prefix: before the names of its script and of those of its teachers."""
 
     name: str
     group: str
-    teachers: tuple = ()
+    teachers: tuple[str, ...] = ()
     targets: Callable | None = None
+    script_prefix: str = ""
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Data:
-    """A stage's images: `train` to learn from, `select` to choose the best epoch on, `test` to report on; info: the
-    DatasetInfo; classes: the stage's class ids."""
+@dataclass(frozen=True)
+class Lists:
+    """The lists of a stage's data set, with the samples of all its classes.
 
-    info: object
-    classes: list
+    info: of the data set. classes: the ids of the stage's classes. select: the samples to choose the best epoch on,
+    which with --select test are those of `test`."""
+
+    info: DatasetInfo
+    classes: list[int]
+    train: list[Sample]
+    select: list[Sample]
+    test: list[Sample]
+
+    def by_split(self) -> dict[str, list[Sample]]:
+        """The samples under the names of the splits that they stand for."""
+        return {"train": self.train, "val": self.select, "test": self.test}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a stage's classes: `train` to learn from, `select` to choose the best epoch on, `test` to report
+    on. info, classes: as in `Lists`."""
+
+    info: DatasetInfo
+    classes: list[int]
     train: ImageDataset
     select: ImageDataset
     test: ImageDataset
 
 
-def read_lists(stage, settings, training=True):
-    """Read and check the data set's lists. Returns (DatasetInfo, the stage's class ids, {split: [Sample]}), where the
-    split `val` is what the best epoch is chosen on; the samples are those of all classes. A test needs no train.txt.
+def read_lists(stage, settings, training: bool = True) -> Lists:
+    """Read and check the lists of a stage's data set. A test alone (training=False) needs no train.txt.
 
-    Raises UserError for what would make training wrong: a group without classes, a class without training images, fewer
-    images than a batch, no held-out part to select on."""
+    Raises UserError for lists that would make training wrong: a group without classes, a class without training images,
+    fewer images than a batch, nothing to choose the best epoch on."""
     info = read_info(settings.data_root)
     path = info.root / "dataset.json"
     for group in GROUPS if len(stage.teachers) == len(GROUPS) else [stage.group]:
@@ -60,92 +78,102 @@ def read_lists(stage, settings, training=True):
             raise UserError(f"{path}: the group '{group}' holds no class, and stage {stage.name} needs one; make the "
                             "data set with other --head-min and --tail-max")
     classes = list(range(len(info.classes))) if stage.group == "all" else sorted(info.groups[stage.group])
-    splits = {split: read_split(info, split) for split in SPLITS
-              if training or split == "test" or (info.root / f"{split}.txt").exists()}
-    if training and settings.select != "test" and not splits["val"]:
+    train = read_split(info, "train") if training or (info.root / "train.txt").exists() else []
+    val, test = read_split(info, "val"), read_split(info, "test")
+    if training and settings.select != "test" and not val:
         raise UserError(f"{info.root / 'val.txt'}: no held-out part to choose the best epoch on; make the data set "
                         "with --val-fraction, or give --select test (the authors' protocol)")
     if settings.select == "test":
-        splits["train"], splits["val"] = splits.get("train", []) + splits.get("val", []), splits["test"]
+        lists = Lists(info, classes, train=train + val, select=test, test=test)
+    else:
+        lists = Lists(info, classes, train=train, select=val, test=test)
     if training:
-        check_trainable(stage, settings, info, classes, splits)
-    if not of_classes(splits["test"], classes):
+        check_trainable(stage, settings, lists)
+    if not of_classes(test, classes):
         raise UserError(f"{info.root / 'test.txt'}: no image of the classes of stage {stage.name}")
-    return info, classes, splits
+    return lists
 
 
-def check_trainable(stage, settings, info, classes, splits):
+def check_trainable(stage, settings, lists):
     """Raise UserError for a class without training images, fewer images than a batch, or nothing to select on."""
-    path, train = info.root / "train.txt", of_classes(splits["train"], classes)
+    info = lists.info
+    path, train = info.root / "train.txt", of_classes(lists.train, lists.classes)
     counts = class_counts([sample.label for sample in train], len(info.classes))
-    for class_id in classes:
+    for class_id in lists.classes:
         if counts[class_id] == 0:
             raise UserError(f"{path}: class {class_id} ({info.classes[class_id]}) has no training image; add some, or "
                             "take the class out of the data set")
     if len(train) < settings.batch_size:
         raise UserError(f"{path}: stage {stage.name} has {len(train)} training images, fewer than a batch of "
                         f"{settings.batch_size}; give a smaller --batch-size")
-    if not of_classes(splits["val"], classes):
+    if not of_classes(lists.select, lists.classes):
         raise UserError(f"{info.root}: no image of the classes of {stage.name} to choose the best epoch on")
 
 
-def of_classes(samples, classes):
+def of_classes(samples: Sequence[Sample], classes: Sequence[int]) -> list[Sample]:
     """The samples whose label is one of `classes`."""
     classes = set(classes)
     return [sample for sample in samples if sample.label in classes]
 
 
-def load_data(info, classes, splits, settings):
-    """The stage's images, over one cache of every image of the lists, which all stages share."""
-    everything = [sample for samples in splits.values() for sample in samples]
+def load_data(lists: Lists, settings) -> Data:
+    """The images of the stage's classes, in a cache of every image of the lists, which all stages share."""
+    info, everything = lists.info, [*lists.train, *lists.select, *lists.test]
     cache = ImageCache(info.images, everything, settings.image_size, info.root / "cache")
-    return Data(info, classes, *(ImageDataset(cache, of_classes(splits[split], classes)) for split in SPLITS))
+    train, select, test = (ImageDataset(cache, of_classes(samples, lists.classes))
+                           for samples in (lists.train, lists.select, lists.test))
+    return Data(info, lists.classes, train=train, select=select, test=test)
 
 
-def load_test_images(info, classes, splits, settings):
-    """The stage's test images alone, over a cache of their own: to test needs no training image."""
-    cache = ImageCache(info.images, splits["test"], settings.image_size, info.root / "cache", name="test")
-    return ImageDataset(cache, of_classes(splits["test"], classes))
+def load_test_images(lists: Lists, settings) -> ImageDataset:
+    """The test images of the stage's classes, in a cache of their own: a test needs no training image."""
+    info = lists.info
+    cache = ImageCache(info.images, lists.test, settings.image_size, info.root / "cache", name="test")
+    return ImageDataset(cache, of_classes(lists.test, lists.classes))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def initial_weights(stage, settings):
-    """`--init`, with `baseline` made the file that it stands for. Raises UserError where that is absent."""
+def initial_weights(stage, settings) -> str:
+    """`--init`, with `baseline` replaced by its checkpoint's path. Raises UserError where that file is absent."""
     if settings.init != "baseline":
         return settings.init
     if stage.name == "baseline":
         raise UserError("--init baseline: this is the baseline; expected none, imagenet or a checkpoint file")
     path = best_checkpoint_beside(settings, "baseline")
-    return str(require(path, "baseline", "--init (none, imagenet or a file)"))
+    require(path, stage.script_prefix + SCRIPTS["baseline"], "baseline", "--init (none, imagenet or a file)")
+    return str(path)
 
 
-def teacher_weights(stage, settings):
-    """{teacher: its checkpoint}, from its flag or from the folder beside --output; none without distillation. Raises
-    UserError for an absent one."""
+def teacher_weights(stage, settings) -> dict[str, Path]:
+    """{teacher: its checkpoint}, from its flag or from the folder beside --output; empty without distillation. Raises
+    UserError for an absent file."""
     if not settings.distillation:
         return {}
-    return {name: require(getattr(settings, name) or best_checkpoint_beside(settings, name), name, f"--{name}")
-            for name in stage.teachers}
+    weights = {}
+    for name in stage.teachers:
+        given = getattr(settings, name)
+        weights[name] = Path(given) if given else best_checkpoint_beside(settings, name)
+        require(weights[name], stage.script_prefix + SCRIPTS[name], name, f"--{name}")
+    return weights
 
 
-def best_checkpoint_beside(settings, name):
-    """Where the stage scripts put the best checkpoint of stage `name` of the same run."""
+def best_checkpoint_beside(settings, name: str) -> Path:
+    """The best checkpoint of stage `name`, in its folder beside --output."""
     return Path(settings.output).parent / name / "best.pt"
 
 
-def require(path, name, flag):
-    """`path`, or a UserError that says how to get the checkpoint of stage `name`."""
-    if not Path(path).is_file():
-        script = ("dota_" if Path(sys.argv[0]).name.startswith("dota_") else "") + SCRIPTS[name]
-        raise UserError(f"{path}: no checkpoint of {name} here; run {script} first, or say where it is with {flag}")
-    return path
+def require(path: Path, script: str, stage_name: str, flag: str) -> None:
+    """Raise UserError unless there is a checkpoint at `path`, naming the script that makes it and the flag for it."""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint of {stage_name} here; run {script} first, or say where it is with "
+                        f"{flag}")
 
 
 def load_teacher(name, path, settings, info):
-    """The network of teacher `name`: the stage of that name, or a baseline, which knows every class. Raises UserError
-    for a checkpoint of this project that is of another stage, image size, or division into groups."""
+    """The network of teacher `name`: a checkpoint of the stage of that name, or of a baseline, which knows every class.
+    Raises UserError for a checkpoint of this project of another stage, image size, or division into groups."""
     teacher, description = load_network(path, len(info.classes))
     if description:
         check_classes(description, info, path)
@@ -167,16 +195,16 @@ def load_teachers(weights, settings, info):
     """{name: ResNet50} of {name: file}; names with the same file share one network."""
     networks = {}
     for name, path in weights.items():
-        network = load_teacher(name, path, settings, info)  # each name has its own checks, also for the same file
+        network = load_teacher(name, path, settings, info)  # a file given twice is checked as each teacher
         same = next((other for other in networks if Path(weights[other]).resolve() == Path(path).resolve()), None)
         networks[name] = networks[same] if same else network
     return networks
 
 
 def freeze_teachers(networks, settings, data, device, precision):
-    """The frozen teachers, {name: network on the device}, made of what `load_teachers` gave.
+    """The frozen teachers on the device, {name: network}, made of the networks of `load_teachers`.
 
-    data: the stage's images, for teachers whose statistics are recalibrated on them."""
+    data: the stage's images, on which the teachers' statistics are recalibrated if the settings say so."""
     frozen = {}
     for network in dict.fromkeys(networks.values()):
         network.to(device, memory_format=torch.channels_last)
@@ -189,16 +217,16 @@ def freeze_teachers(networks, settings, data, device, precision):
 
 
 def recalibration_batches(dataset, settings, device):
-    """Class-aware batches of 32 training images as a network takes them, as many images as there are but no more than
-    1,600; the same for the same --seed."""
+    """Class-aware batches of 32 training images as input of a network: as many images as there are, at most 1,600. The
+    same --seed gives the same batches."""
     sampler = ClassAwareBatchSampler(dataset.labels, 32, settings.seed)
     for _ in range(min(len(sampler), 50)):
         yield network_input(dataset.__getitems__(sampler.draw().tolist())[0].to(device))
 
 
 def check_classes(description, info, path):
-    """Raise UserError where a checkpoint of as many classes was trained for others, or the same in another order."""
-    for class_id, (theirs, ours) in enumerate(zip_longest(description["classes"], info.classes)):
-        if theirs != ours:
-            raise UserError(f"{path}: its class {class_id} is {theirs!r}, that of {info.root / 'dataset.json'} is "
-                            f"{ours!r}; expected the same classes in the same order")
+    """Raise UserError where a checkpoint was trained for other classes, or the same classes in another order."""
+    for class_id, (trained, expected) in enumerate(zip_longest(description["classes"], info.classes)):
+        if trained != expected:
+            raise UserError(f"{path}: its class {class_id} is {trained!r}, that of {info.root / 'dataset.json'} is "
+                            f"{expected!r}; expected the same classes in the same order")

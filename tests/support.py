@@ -124,9 +124,8 @@ def stop_at_step(monkeypatch, number, signal_number):
 
 def student_run(data, teachers, precision, *flags):
     """A student's Run as its script would start it."""
-    flags = ["--data-root", data, "--output", teachers / "student", *QUICK, *flags]
-    settings, _ = parse_settings("student", baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
-    stage = baseline_cl_s_weight.STAGE
+    stage, flags = baseline_cl_s_weight.STAGE, ["--data-root", data, "--output", teachers / "student", *QUICK, *flags]
+    settings, _ = parse_settings(stage, baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
     return start_run(stage, settings, read_lists(stage, settings), torch.device("cpu"), precision)
 
 

@@ -5,10 +5,14 @@ import os
 import pytest
 import torch
 
-from common.files import atomic_path, save_checkpoint
+import baseline_cl_s_weight
+import baseline_cl_t1
+import baseline_cl_t2
+from common.files import atomic_path, save_checkpoint, write_json
+from common.flags import check_output
 from common.runtime import UserError, resolve_device, run_script
 from recognition import engine
-from recognition.settings import Settings, check_ranges, parse_settings
+from recognition.settings import Settings, check_ranges, identity_of_run, parse_settings, unused_settings
 
 
 def test_a_user_error_is_one_line_and_status_2(capsys):
@@ -69,16 +73,28 @@ def test_one_cycle_is_that_of_torch():
 
 
 def test_flags_change_the_block_and_fill_the_folder():
-    settings, given = parse_settings("t2", Settings(epochs=7), "", ["--data-root", "x/mine", "--lr-steps", "3,5"])
+    flags = ["--data-root", "x/mine", "--lr-steps", "3,5"]
+    settings, given = parse_settings(baseline_cl_t2.STAGE, Settings(epochs=7), "", flags)
     assert settings.output == "runs/mine/t2" and settings.epochs == 7 and settings.lr_steps == (3, 5)
     assert given == {"data_root": "x/mine", "lr_steps": (3, 5)}
 
 
 def test_a_test_of_weights_has_a_folder_of_its_own():
     flags = ["--test-only", "--weights", "runs/mine/student/best.pt", "--data-root", "x/mine"]
-    assert parse_settings("student", Settings(), "", flags)[0].output == "runs/mine/test_student_best"
-    assert parse_settings("student", Settings(), "", [*flags, "--output", "here"])[0].output == "here"
-    assert parse_settings("student", Settings(), "", flags[:1])[0].output == "runs/FGSC-23/student"
+    student = baseline_cl_s_weight.STAGE
+    assert parse_settings(student, Settings(), "", flags)[0].output == "runs/mine/test_student_best"
+    assert parse_settings(student, Settings(), "", [*flags, "--output", "here"])[0].output == "here"
+    assert parse_settings(student, Settings(), "", flags[:1])[0].output == "runs/FGSC-23/student"
+
+
+def test_a_folder_is_resumed_whatever_it_recorded_of_settings_that_its_stage_does_not_use(tmp_path):
+    settings = Settings(output=str(tmp_path), resume=True)
+    identity = identity_of_run("t1", settings, "fp32", "data")
+    younger = {name: value for name, value in identity.items() if name != "logit_adjustment"}
+    write_json(tmp_path / "settings.json", {**younger, "feature_cache": 5.0, "t3": "elsewhere/best.pt"})
+    check_output(settings, identity, "lists", unused_settings(baseline_cl_t1.STAGE))
+    with pytest.raises(UserError, match="holds a run with feature-cache 5.0, not 0.0"):
+        check_output(settings, identity, "lists", unused_settings(baseline_cl_t2.STAGE))
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"image_size": 16}, {"lr": -1.0},

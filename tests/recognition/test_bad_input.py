@@ -15,6 +15,7 @@ import baseline_cl_t1
 import baseline_cl_t2
 import baseline_cl_t3
 import baseline_resnet50
+import dota_baseline_cl_t2
 from resnet50 import ResNet50
 from tests.support import QUICK, TINY_GROUPS, draw_tiny, run_main, run_program
 
@@ -90,6 +91,8 @@ def test_fewer_images_than_a_batch(own_tiny, tmp_path, capsys):
 @pytest.mark.parametrize("stage, flags, complaint", [
     (baseline_cl_t1, (), r"baseline/best\.pt: no checkpoint of baseline here; run baseline_resnet50\.py .*--init"),
     (baseline_cl_t2, ("--init", "none"), r"t1/best\.pt: no checkpoint of t1 here; run baseline_cl_t1\.py .*--t1"),
+    (dota_baseline_cl_t2, ("--init", "none"), r"no checkpoint of t1 here; run dota_baseline_cl_t1\.py first"),
+    (dota_baseline_cl_t2, (), r"no checkpoint of baseline here; run dota_baseline_resnet50\.py first"),
     (baseline_resnet50, ("--init", "absent.pt"), r"absent\.pt: no such checkpoint"),
     (baseline_resnet50, ("--device", "gpu"), r"--device gpu: unknown device; expected auto, cpu"),
     (baseline_resnet50, ("--init", "none", "--sampler", "self-calibrated"), r"--sampler self-calibrated: needs"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import baseline_resnet50
-from dataset import network_input, read_info
+from dataset import network_input
 from recognition import evaluation
 from recognition.settings import Settings
 from recognition.stage import load_test_images, read_lists
@@ -27,8 +27,7 @@ def network():
 def images(tiny):
     """The 24 test images of the tiny data set."""
     settings = Settings(data_root=str(tiny), image_size=32)
-    _, classes, splits = read_lists(baseline_resnet50.STAGE, settings, training=False)
-    return load_test_images(read_info(tiny), classes, splits, settings)
+    return load_test_images(read_lists(baseline_resnet50.STAGE, settings, training=False), settings)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from common.files import sha256_of
 from common.images import find_images
 from dataset import network_input
 from predict import decode
-from recognition.inference import batch_size, inference_network
+from recognition.inference import batch_size, logits_function
 from resnet50 import ResNet50, read_weights
 from tests.support import PROJECT, TINY_GROUPS, authors_state, error_line, run_program
 from tests.support import run_tool as run
@@ -427,7 +427,7 @@ def test_names_of_another_data_set_are_refused(files, tiny, capsys):
 def test_the_fast_path_gives_the_logits_of_the_network(trained, images, precision, tolerance):
     network, device = trained[1], torch.device("cpu")
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    found = inference_network(network, device, precision)(images)
+    found = logits_function(network, device, precision)(images)
     with torch.no_grad():
         expected, _ = network(network_input(images))
     assert found.dtype == torch.float32

@@ -16,7 +16,7 @@ from dataset import network_input, read_info, read_split
 from recognition.distillation import sums_by_class
 from recognition.engine import learning_rate, step_losses
 from recognition.evaluation import evaluate
-from recognition.stage import load_test_images
+from recognition.stage import Lists, load_test_images
 from resnet50 import load_network
 from tests.support import PROJECT, QUICK, draw_tiny, student_flags, student_run
 
@@ -141,7 +141,7 @@ def test_evaluation_by_two_processes_counts_each_image_once(lab, two):
     results = json.loads((two[0] / "student" / "results.json").read_text())
     info = read_info(lab / "data")
     network, _ = load_network(two[0] / "student" / "best.pt", 6)
-    images = load_test_images(info, range(6), {"test": read_split(info, "test")},
+    images = load_test_images(Lists(info, list(range(6)), train=[], select=[], test=read_split(info, "test")),
                               student_run(lab / "data", lab, "fp32").settings)
     confusion = evaluate(network, images, 6, torch.device("cpu"), "fp32")
     assert results["confusion"] == confusion.tolist() and results["images"] == 23

@@ -93,8 +93,10 @@ def test_rivals_start_from_the_baseline_and_train_as_long_as_the_student(jobs, t
     for job in jobs[5:]:
         assert job.script.STAGE.name == "baseline"
         assert " ".join(job.flags) == (
-            f"--data-root data/x --teacher-batch-norm eval --init {best} --epochs {epochs} --lr-steps 52 "
-            f"{own[job.folder.name]} --seed 0 --output {job.folder}")
+            f"--data-root data/x --init {best} --epochs {epochs} --lr-steps 52 {own[job.folder.name]} --seed 0 "
+            f"--output {job.folder}")
+    for job in jobs[:5]:  # a flag for teachers is passed on to the stages that have them
+        assert ("--teacher-batch-norm" in job.flags) == bool(job.script.STAGE.teachers)
 
 
 def test_ablations_are_students_without_one_part(jobs, tmp_path):
@@ -145,7 +147,7 @@ def test_a_finished_comparison_is_not_overwritten_and_keeps_its_rows(jobs, tmp_p
 def finish(folder, script, flags):
     """What a stage started with these flags leaves, as far as run_all reads it."""
     stage = script.STAGE
-    settings, _ = parse_settings(stage.name, script.SETTINGS, "", [*flags, "--output", str(folder)])
+    settings, _ = parse_settings(stage, script.SETTINGS, "", [*flags, "--output", str(folder)])
     _, _, identity = check_run(stage, settings, resolve_device(settings.device))
     write_json(folder / "settings.json", identity)
     write_accuracies(folder)
