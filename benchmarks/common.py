@@ -61,7 +61,7 @@ def interleaved(contestants, repeats, device, warm_up=2):
 
 
 def machine(device):
-    """What the figures hang on, as plain values."""
+    """The conditions of the measurement, as plain values."""
     return {"device": device_name(device), "threads": torch.get_num_threads(), "versions": library_versions()}
 
 

@@ -1,11 +1,11 @@
-"""What is wrong with the ground truth of a detector, and what is in it.
+"""Check the annotations and images of a detector, and count them.
 
     python -m detection.check_data instances_train2017.json instances_val2017.json
     python -m detection.check_data VOC2007/ImageSets/Main/trainval.txt VOC2007/ImageSets/Main/test.txt
     python -m detection.check_data annotations/instances_train2017.json --images train2017
 
-Every image is decoded once. Errors are what would make training, or numbers measured on these images, wrong (exit
-status 1); notes are worth knowing. The first source's classes are what the others are measured by; sources of one
+Every image is decoded once. Errors make training, or numbers measured on these images, wrong (exit status 1); notes
+are worth knowing. The classes of the first source are expected in the others; sources of one
 training set may be joined by commas."""
 
 import argparse
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.files import sha256_of
 from common.runtime import UserError, run_script
+from common.text import print_findings
 from common.workers import in_processes
 from detection.data.annotations import for_training, read_annotations
 from detection.data.batches import read_image
@@ -54,12 +55,8 @@ def main(argv=None):
     leaks, copies = same_images(args.sources, parts, contents)
     errors += image_errors + leaks
     notes += copies
-    for kind, findings in (("error", errors), ("note", notes)):
-        for finding in findings:
-            print(f"{kind}: {finding}")
-    print(f"{len(errors)} error{'s' * (len(errors) != 1)}, {len(notes)} note{'s' * (len(notes) != 1)}: "
-          f"{'not ' if errors else ''}fit for training and testing")
-    return 1 if errors else 0
+    return print_findings(errors, notes, ": not fit for training and testing" if errors else
+                          ": fit for training and testing")
 
 
 def print_table(source, part):

@@ -1,36 +1,37 @@
-"""Checkpoints of detectors: what they say of themselves, and how they become a detector again."""
+"""Checkpoints of detectors: their metadata, and loading them."""
 
 import dataclasses
 
 import torch
 
-from common.files import check_entries, load_checkpoint
+from common.files import check_entries, is_metadata, load_checkpoint
 from common.runtime import UserError
 from detection.data.transforms import MEAN, STD
 from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
 from detection.network.backbone import DEPTHS
 from detection.network.detector import Architecture, Detector
 
-# The parts of a description and their kinds.
+# The entries of a checkpoint's metadata and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
 RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
 
 
 def describe_model(architecture):
-    """What a detector is, as plain values: the Architecture, and what of the anchors a teacher must share."""
+    """The Architecture as plain values, and the parameters of the anchors, which a teacher must share."""
     return {**dataclasses.asdict(architecture), "strides": list(STRIDES), "anchor_scale": ANCHOR_SCALE,
             "anchor_offset": 0}
 
 
 def describe_preprocessing(short, long):
-    """What a detector takes, as plain values: sides in pixels, means and deviations of R, G, B in 0..255."""
+    """The preprocessing of a detector's images as plain values: sides in pixels, means and deviations of R, G, B in
+    0..255."""
     return {"short": short, "long": long, "mean": list(MEAN), "std": list(STD)}
 
 
 def load_detector(path):
     """The Detector of a checkpoint of this project, in eval mode on the CPU, and the checkpoint's description.
 
-    Raises UserError for a file that is none, or whose weights are not those of what it says it is."""
+    Raises UserError for a file that is none, or whose weights are not those that its metadata describes."""
     content = load_checkpoint(path)
     description = content.get("description") if isinstance(content, dict) else None
     if not is_description(description):
@@ -56,8 +57,8 @@ def load_detector(path):
 
 
 def is_description(value):
-    """Whether `value` is what checkpoints of detectors say of themselves, each part of its kind and range."""
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in DESCRIPTION.items()):
+    """Whether `value` is the metadata of a detector's checkpoint, each entry of its kind and in its range."""
+    if not is_metadata(value, DESCRIPTION):
         return False
     model, preprocessing = value["model"], value["preprocessing"]
     in_range = all(type(model.get(name)) is int and low <= model[name] <= high for name, (low, high) in RANGES.items())
@@ -69,4 +70,4 @@ def is_description(value):
     return (in_range and small and model["channels"] % 32 == 0
             and type(model.get("depth")) is int and model["depth"] in DEPTHS and type(model.get("quality")) is bool
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
-            and 0 < len(value["classes"]) <= 10000 and all(isinstance(name, str) for name in value["classes"]))
+            and 0 < len(value["classes"]) <= 10000)

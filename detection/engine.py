@@ -69,14 +69,14 @@ def _run(method, settings):
 
 
 class Trainee(torch.nn.Module):
-    """What is trained: the published network, and the companions that its method trains beside it."""
+    """The trained networks: the published one, and the companions that its method trains beside it."""
 
     def __init__(self, student, companions, forward):
         super().__init__()
         self.student, self.companions, self.forward_of_method = student, torch.nn.ModuleDict(companions), forward
 
     def forward(self, images, teacher):
-        """What the method's `forward` returns. images: (N, 3, H, W), normalised. teacher: the teacher's answer."""
+        """The outputs of the method's `forward`. images: (N, 3, H, W), normalised. teacher: the teacher's outputs."""
         return self.forward_of_method(self.student, self.companions, images, teacher)
 
 

@@ -1,4 +1,4 @@
-"""How good a detector is: its detections of the test images, their AP, what an image costs, and the pictures of it."""
+"""The test of a detector: detections of the test images, their average precision, the cost of an image, pictures."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.files import read_json, sha256_of, write_json
-from common.precision import resolve_precision
+from common.flags import check_test_output
+from common.precision import precision_of_test
 from common.runtime import (
     UserError,
     autocast,
@@ -37,13 +38,13 @@ def detect_all(network, annotations, preprocessing, settings, device, precision)
     network = inference_network(network, device)
     draws = test_draws(annotations, preprocessing["short"], preprocessing["long"])[rank()::world_size()]
     batches = loader(DetectionDataset(annotations), [[draw] for draw in draws], settings.workers, device)
-    found = {batch.indices[0]: detect(network, batch.images, batch.sizes, batch.scales, device, precision,
-                                      settings.suppression)[0] for batch in batches}
+    detections = {batch.indices[0]: detect(network, batch.images, batch.sizes, batch.scales, device, precision,
+                                           settings.suppression)[0] for batch in batches}
     if world_size() > 1:
         shares = [None] * world_size()
-        dist.all_gather_object(shares, found)
-        found = {index: detections for share in shares for index, detections in share.items()}
-    return [found[index] for index in range(len(annotations.records))]
+        dist.all_gather_object(shares, detections)
+        detections = {index: of_image for share in shares for index, of_image in share.items()}
+    return [detections[index] for index in range(len(annotations.records))]
 
 
 def average_precisions(detections, annotations, metric):
@@ -93,12 +94,11 @@ def cost(network, preprocessing, device, precision, repeats=5):
 
 def test(settings, weights, device):
     """Test a checkpoint: print the table, and write results.json, precision_recall.png and detections.png into
-    `settings.output`. The precision `auto` is fp32 here: a number that is compared with a published one should not hang
-    on the machine. Returns the results on the first process, None on the others."""
+    `settings.output`. Returns the results on the first process, None on the others."""
     folder = Path(settings.output)
     network, description = load_detector(weights)
     annotations = read_test_annotations(settings, description["classes"])
-    precision = resolve_precision("fp32" if settings.precision == "auto" else settings.precision, device)
+    precision = precision_of_test(settings.precision, device)
     say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
     network.to(device, memory_format=torch.channels_last)
     preprocessing = description["preprocessing"]
@@ -134,7 +134,7 @@ def draw_sheet(annotations, found, path):
 
 
 def test_settings(settings):
-    """What makes a test of some weights what it is."""
+    """The settings that the results of a test depend on."""
     return {name: getattr(settings, name) for name in ("test", "metric", "suppression")}
 
 
@@ -142,13 +142,12 @@ def test_only(settings, device):
     """`--test-only` and `python -m detection.test`: test --weights, or final.pt of --output."""
     folder = Path(settings.output)
     weights = Path(settings.weights or folder / "final.pt")
-    if weights.resolve().parent != folder.resolve() and (folder / "settings.json").exists():
-        raise UserError(f"{folder}: holds a run of its own; give another --output for the test of {weights}")
+    check_test_output(settings, weights)
     earlier = folder / "results.json"
     if earlier.exists():
         tested = read_json(earlier)
-        mine = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
-        if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in mine.items()):
+        identity = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
+        if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in identity.items()):
             raise UserError(f"{earlier}: is of other weights than {weights}, or of other images, metric or "
                             "suppression; give another --output")
     test(settings, weights, device)

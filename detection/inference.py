@@ -9,12 +9,12 @@ from detection.geometry.suppression import SUPPRESSIONS
 
 CANDIDATES = 1000  # of each level, by their highest class score
 LEAST_SCORE = 0.05
-OVERLAP = 0.6  # IoU above which the surer of two boxes of a class suppresses the other
+OVERLAP = 0.6  # IoU above which the higher-scoring of two boxes of a class suppresses the other
 MOST = 100  # detections of an image
 
 
 def inference_network(network, device):
-    """A copy of a detector that only answers: in eval mode, its batch norms part of the convolutions before them."""
+    """A copy of a detector for inference: in eval mode, its batch norms folded into the convolutions before them."""
     return fold_batch_norm(network).to(device, memory_format=torch.channels_last)
 
 

@@ -31,8 +31,8 @@ def class_colour(label):
 
 
 def draw_boxes(image, boxes, labels, scores, classes):
-    """A copy of an image with the boxes in their classes' colours, the surest on top, each with its class and score;
-    in a crowd with the score alone, or with neither, rather than across another's.
+    """A copy of an image with the boxes in their classes' colours, the highest-scoring on top, each with its class and
+    score; in a crowd with the score alone, or with neither, rather than across another's.
 
     image: PIL image, or (3, H, W) uint8 tensor. boxes: (M, 4) xyxy in its pixels; what leaves the image is cut off.
     labels, scores: (M,). classes: the names. Returns a PIL image, RGB, of the same size."""
@@ -53,7 +53,7 @@ def _draw_outlines(picture, boxes, labels, scores):
 def _write_labels(picture, boxes, labels, scores, classes):
     corners, order = _pixels(boxes, picture.size), np.argsort(-np.asarray(scores), kind="stable").tolist()
     plates = []
-    for i in order:  # the surest choose their place first
+    for i in order:  # the highest-scoring choose their place first
         if corners[i]:
             _write_label(picture, corners[i], classes[int(labels[i])], f"{float(scores[i]):.2f}",
                          class_colour(int(labels[i])), plates)

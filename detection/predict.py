@@ -92,7 +92,7 @@ def in_words(labels, classes):
 
 
 def as_rows(found, classes):
-    """Detections of an image as plain values, the surest first."""
+    """Detections of an image as plain values, the highest-scoring first."""
     columns = (found[name].tolist() for name in ("labels", "scores", "boxes"))
     return [{"id": label, "class": classes[label], "score": round(score, 6), "box": [round(side, 3) for side in box]}
             for label, score, box in zip(*columns, strict=True)]

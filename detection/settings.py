@@ -134,7 +134,8 @@ def check_ranges(settings):
 
 
 def identity(stage, settings, precision, data, **more):
-    """The plain values that make a run what it is: two runs with equal ones compute the same on the same device.
+    """The plain values that identify a run: two runs with equal ones compute the same on the same device.
 
-    precision: what `auto` came to. data: the fingerprint of what it trains on. more: that of the teacher's weights."""
+    precision: resolved, `fp32` or `bf16`. data: the fingerprint of the annotations to train on. more: the digest of
+    the teacher's file."""
     return run_identity(stage, settings, NOT_PART_OF_A_RUN, precision=precision, data=data, **more)

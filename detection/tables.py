@@ -2,13 +2,10 @@
 
 from statistics import mean, stdev
 
+from common.text import percent
+
 COLUMNS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_medium": "medium", "AP_large": "large"}
 RECALLS = {"AR_1": "1", "AR_10": "10", "AR_100": "100", "AR_small": "small", "AR_medium": "medium", "AR_large": "large"}
-
-
-def percent(fraction, width=6):
-    """0.3652 -> '  36.5', the one decimal of detection tables; None -> '     -'."""
-    return f"{'-' if fraction is None else format(100 * fraction, '.1f'):>{width}}"
 
 
 def results_table(results):
@@ -22,11 +19,11 @@ def results_table(results):
     columns = {key: title for key, title in COLUMNS.items() if key in results}
     width = max(len(row["name"]) for row in [*rows, {"name": "class"}])
     lines = [f"{'class':<{width}} {'objects':>8} " + " ".join(f"{title:>6}" for title in columns.values())]
-    lines += [f"{row['name']:<{width}} {row['objects']:>8} " + " ".join(percent(row[key]) for key in columns)
+    lines += [f"{row['name']:<{width}} {row['objects']:>8} " + " ".join(percent(row[key], 1, 6) for key in columns)
               for row in rows]
     if "AR_1" in results:
         lines.append("average recall: " + "   ".join(
-            f"{title} {percent(results[key]).strip()}" for key, title in RECALLS.items()))
+            f"{title} {percent(results[key], 1)}" for key, title in RECALLS.items()))
     lines.append(f"{results['images']} test images; {results['metric']}")
     return "\n".join(lines)
 

@@ -37,8 +37,9 @@ def read_annotations(source, images=None, classes=None, findings=None):
     if classes is None:
         classes = coco[0].classes if coco else sorted({name for part in parts for name in part.classes})
     if not classes:
-        first = findings.errors[:1] if findings else []
-        raise UserError(*first or [f"{paths[0]}: no object, and so no class; expected annotated images"])
+        if findings and findings.errors:
+            raise UserError(findings.errors[0])
+        raise UserError(f"{paths[0]}: no object, and so no class; expected annotated images")
     return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))))
 
 

@@ -1,5 +1,5 @@
 """Batches of images with their boxes. All that is random in a batch is drawn by the sampler, from the seed and the
-epoch alone: what a run sees depends neither on its loading processes nor on where it was interrupted."""
+epoch alone: the batches of a run depend neither on its loading processes nor on where it was interrupted."""
 
 import signal
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What ground truth is, whatever file it comes from: the boxes of an image, and those of many images."""
+"""Ground truth in memory, from whatever file it was read: the boxes of an image, and those of many images."""
 
 import contextlib
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class Annotations:
 
 
 class Findings(NamedTuple):
-    """What a reader that goes on after an error has found, in sentences. errors: what is wrong; the object or image was
-    left out. clipped: boxes that reach outside their image."""
+    """The findings of a reader that goes on after an error, in sentences. errors: each an object or image that was left
+    out. clipped: boxes that reach outside their image."""
 
     errors: list
     clipped: list

@@ -79,12 +79,12 @@ def general_instances(student_scores, student_boxes, teacher_scores, teacher_box
     student_scores, teacher_scores: (N, A, C) in 0..1. student_boxes, teacher_boxes: (N, A, 4) decoded boxes. valid:
     (N, A) bool. counts: [anchors of each level], their sum is A.
     The GI score of an anchor is its largest difference of a class's scores, its GI box that of whichever of the two is
-    surer of this class. Each level of each image keeps the first GENERAL_INSTANCES that class-agnostic NMS lets
+    scores this class higher. Each level of each image keeps the first GENERAL_INSTANCES that class-agnostic NMS lets
     through; images never suppress one another."""
     difference = teacher_scores - student_scores  # (N, A, C)
     scores, classes = difference.abs().max(dim=2)
-    teacher_is_surer = difference.gather(2, classes[..., None]) >= 0  # (N, A, 1)
-    boxes = torch.where(teacher_is_surer, teacher_boxes, student_boxes)
+    teacher_is_higher = difference.gather(2, classes[..., None]) >= 0  # (N, A, 1)
+    boxes = torch.where(teacher_is_higher, teacher_boxes, student_boxes)
     scores = scores.masked_fill(~valid, -1.0)
     levels = zip(boxes.split(counts, dim=1), scores.split(counts, dim=1), strict=True)
     return torch.cat([first_after_nms(*level, GENERAL_INSTANCES, GENERAL_INSTANCE_OVERLAP) for level in levels], dim=1)

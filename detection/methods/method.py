@@ -15,8 +15,8 @@ class Step:
     """A batch on its way through a training step. The engine fills in one field after the other, in this order but for
     `targets`, which come first where the anchors alone decide them.
 
-    images: (N, 3, H, W), normalised. teacher: what the frozen teacher answers, None without one. outputs: what
-    `Method.forward` returns. targets: what `Method.assign` returns."""
+    images: (N, 3, H, W), normalised. teacher: the outputs of the frozen teacher, None without one. outputs: those that
+    `Method.forward` returns. targets: those that `Method.assign` returns."""
 
     images: torch.Tensor
     truth: GroundTruth
@@ -46,9 +46,9 @@ class Method:
     """A way to train a detector. `settings` are those of the method's stage script.
 
     name: of the stage.
-    architecture(settings): the Architecture of the published network. Its head decides what the network answers, how
-        that is decoded, and which anchors lie at a location.
-    assign(step): what each anchor is to predict. It is called before the network is asked, unless assigns_by_outputs.
+    architecture(settings): the Architecture of the published network. Its head determines the network's outputs, their
+        decoding, and the anchors at a location.
+    assign(step): the target of each anchor. It is called before the forward pass, unless assigns_by_outputs.
     losses(step, settings): {name: scalar}, unweighted. A term of weight 0 may be left out.
     weights(settings): {name: weight} of every loss. The loss of a step is their weighted sum.
     load_teacher(settings, description, device, precision): the frozen teacher of `settings.teacher`, in eval mode, or a
@@ -56,7 +56,7 @@ class Method:
     companions(num_classes, settings): {name: nn.Module} trained beside the student: optimised, saved for --resume, not
         published.
     forward(student, companions, images, teacher): the forward pass, under autocast and, with several processes,
-        DistributedDataParallel. companions: an nn.ModuleDict. teacher: the teacher's answer.
+        DistributedDataParallel. companions: an nn.ModuleDict. teacher: the teacher's outputs.
     notes(settings, num_classes, images_per_process): sentences about settings that do not do what they seem to."""
 
     name: str

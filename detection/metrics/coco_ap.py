@@ -16,7 +16,7 @@ def coco_ap(detections, annotations):
     in an image.
 
     AP is the mean over IoU .50, .55, ... .95 and the classes; small objects have an area of up to 32^2, medium ones up
-    to 96^2 pixels; AR_n is the mean recall with the n surest detections of each class in an image.
+    to 96^2 pixels; AR_n is the mean recall with the n highest-scoring detections of each class in an image.
 
     detections: a dict for each of `annotations.records`, with boxes (M, 4) xyxy, scores (M,) and labels (M,). Difficult
     objects, be they COCO's crowds or Pascal VOC's `difficult`, are what COCO calls crowds: of the detections that no

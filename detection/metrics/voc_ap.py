@@ -9,7 +9,7 @@ RULES = ("11-point", "area")
 
 
 def match(detections, records, thresholds):
-    """Which detections are true and which are false, the surest of all images first.
+    """Which detections are true and which are false, the highest-scoring of all images first.
 
     Each takes the object of its class with the largest IoU in its image, difficult ones included. With an IoU of at
     least the threshold it is true if it is the first there, false if another was before; at a difficult object it is
