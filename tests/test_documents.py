@@ -64,24 +64,36 @@ def attribute(body, name):
     return None
 
 
+def has_attributes(body, names):
+    """Whether a module or class of this body has the attribute names[0], and that names[1], and so on."""
+    for name in names:
+        statement = attribute(body, name)
+        if statement is None:
+            return False
+        body = getattr(statement, "body", [])
+    return True
+
+
 def is_defined(dotted):
-    """Whether `package.module`, `package.module.function` or `package.module.Class.method` is in this repository."""
+    """Whether a dotted name exists: `package.module.function` or `module.function` of this repository, `Class.method`,
+    a function of an external package, or, of a variable as in `step.outputs`, an attribute of that name."""
     parts = dotted.split(".")
+    is_ours = False
     for count in range(len(parts), 0, -1):
-        path = module_paths().get(".".join(parts[:count]))
-        if path is None:
-            continue
-        body = syntax(path).body
-        for name in parts[count:]:
-            statement = attribute(body, name)
-            if statement is None:
-                return False
-            body = getattr(statement, "body", [])
-        return True
+        ending = "." + ".".join(parts[:count])
+        paths = [path for name, path in module_paths().items() if f".{name}".endswith(ending)]
+        is_ours = is_ours or bool(paths)
+        if any(has_attributes(syntax(path).body, parts[count:]) for path in paths):
+            return True
+    if is_ours:
+        return False
     if parts[0] in EXTERNAL:
         with contextlib.suppress(ImportError, AttributeError):
             return pkgutil.resolve_name(dotted) is not None
-    return False
+        return False
+    if parts[0][0].isupper():
+        return any(has_attributes(syntax(path).body, parts) for path in module_paths().values())
+    return all(re.search(rf"\.{name}\b", sources()) for name in parts[1:])
 
 
 class Parser(BaseException):
@@ -207,8 +219,10 @@ def command_findings(words):
     return [complaint] if complaint else []
 
 
-def span_findings(span):
-    """What is wrong with a piece of text in backticks: a file, a dotted or plain name, flags."""
+def span_findings(span, sketches=""):
+    """What is wrong with a piece of text in backticks: a file, a dotted or plain name, flags.
+
+    sketches: the Python blocks of the document, whose names need not exist yet."""
     words = span.removeprefix("python ").removeprefix("-m ").split()
     if words[0] == "torchrun" or words[0] == "pip":
         return []
@@ -219,13 +233,13 @@ def span_findings(span):
     if not re.fullmatch(r"[\w./*-]+(\(\))?", span):
         return wrong
     if span.endswith(REPOSITORY_FILES) or span == "Makefile" or span.split("/")[0] in (*FOLDERS, "tests", "docs"):
-        exists = any(ROOT.glob(span.rstrip("/")))
+        exists = any(ROOT.glob(span.rstrip("/").replace("NAME", "*")))
     elif span.endswith(WRITTEN_FILES):
         exists = (ROOT / span).exists() or span.rpartition("/")[2] in sources()
     elif re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+(\(\))?", span):
         exists = is_defined(span.removesuffix("()"))
     elif re.fullmatch(r"[A-Za-z]+(_[A-Za-z0-9]+)+(\(\))?|[A-Z][a-z]+[A-Z]\w+", span):
-        exists = re.search(rf"\b{span.removesuffix('()')}\b", sources())
+        exists = re.search(rf"\b{span.removesuffix('()')}\b", sources() + sketches)
     else:
         exists = True
     return wrong if exists else [*wrong, f"{span}: not in the repository"]
@@ -261,8 +275,9 @@ def findings(text, path):
              re.findall(r"^(?: {4}|\t)(?:python|torchrun|make) .*$", without_fences(text), re.MULTILINE)]
     for words in command_lines(text):
         wrong += [f"{' '.join(words)}: {finding}" for finding in command_findings(words)]
+    sketches = "".join(block for language, block in FENCE.findall(text) if language == "python")
     for span in code_spans(text):
-        wrong += span_findings(span)
+        wrong += span_findings(span, sketches)
     return wrong + link_findings(text, path)
 
 
@@ -302,7 +317,8 @@ def test_every_command_is_known():
 
 
 RIGHT = """# A heading: of `two` parts
-See `common.files.save_checkpoint`, `ClassAwareSampler.SelfCalibratedBatchSampler.update()`, `detection.data`,
+See `common.files.save_checkpoint`, `losses.balanced_softmax`, `Stage.teachers`, `step.outputs`, `sketched_name`,
+`ClassAwareSampler.SelfCalibratedBatchSampler.update()`, `detection.data`,
 `torch.export`, `dota_baseline_*.py`, `detection/`, `results.json`, `batch_size`, `--no-distillation`,
 `baseline_resnet50.py --lr 0.1`, [here](#a-heading-of-two-parts) and [there](docs/data.md#check).
 ```bash
@@ -310,6 +326,9 @@ FLAGS="--depth 18 \\
   --seed 1"
 torchrun --nproc_per_node 2 -m detection.train_ld $FLAGS   # two processes
 make test
+```
+```python
+sketched_name = 1
 ```
 """
 
@@ -319,7 +338,8 @@ def test_a_right_document_has_no_findings():
 
 
 @pytest.mark.parametrize("text", [
-    "`common.files.no_such_function`", "`recognition.no_such_module.function`", "`recognition.stage.Stage.no_field`",
+    "`common.files.no_such_function`", "`distillation.no_such_function`", "`Stage.no_field`", "`step.no_such_field`",
+    "`recognition.no_such_module.function`", "`recognition.stage.Stage.no_field`",
     "`torch.no_such_thing`", "`no_such_script.py`", "`detection/no_such_folder/`", "`no_such_result.json`",
     "`no_such_setting`", "`NoSuchClass`", "`--no-such-flag`", "`--lr 0.1 --no-such-flag`", "`predict.py --lr 0.1`",
     "`make no-such-target`", "[link](docs/no_such_page.md)", "[link](docs/data.md#no-such-heading)", "[link](#nowhere)",
