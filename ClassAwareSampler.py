@@ -1,7 +1,8 @@
 """The batch samplers of T2FTS.
 
 On every process they draw the same GLOBAL batch, from generators with the same seed, and each process takes its slice;
-an epoch is ceil(N / batch) full batches; the `state_dict` after any batch is all that a resumed run needs."""
+an epoch is ceil(N / batch) full batches, or several passes of so many; the `state_dict` after any batch is all that a
+resumed run needs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,11 +23,15 @@ class GlobalBatchSampler(Sampler):
         self.batch_size = batch_size
         self.slice = slice(rank, None, world_size)
         self.generator = torch.Generator().manual_seed(seed)
-        self.steps = -(-len(self.labels) // batch_size)
+        self.steps_per_pass = self.steps = -(-len(self.labels) // batch_size)
         self.step = 0  # batches drawn in this epoch
 
     def __len__(self) -> int:
         return self.steps
+
+    def train_at_least(self, steps: int, epochs: int) -> None:
+        """Make an epoch as many passes over the images as it takes for `epochs` of them to have so many steps."""
+        self.steps = self.steps_per_pass * max(1, -(-steps // (epochs * self.steps_per_pass)))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's share of each remaining batch of the epoch, as a list of image indices."""
@@ -50,17 +55,18 @@ class GlobalBatchSampler(Sampler):
 
 
 class ShuffledBatchSampler(GlobalBatchSampler):
-    """Every image once an epoch, in random order; the last batch is filled up from the start of the same order."""
+    """Every image once a pass, in random order; the last batch is filled up from the start of the same order."""
 
     def __init__(self, labels: Sequence[int] | np.ndarray, batch_size: int, seed: int, rank: int = 0,
                  world_size: int = 1):
         super().__init__(labels, batch_size, seed, rank, world_size)
-        self.order = torch.empty(0, dtype=torch.int64)  # of the images in this epoch
+        self.order = torch.empty(0, dtype=torch.int64)  # of the images in this pass
 
     def draw(self) -> torch.Tensor:
-        if self.step == 0:
+        step = self.step % self.steps_per_pass
+        if step == 0:
             self.order = torch.randperm(len(self.labels), generator=self.generator)
-        positions = torch.arange(self.step * self.batch_size, (self.step + 1) * self.batch_size)
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         return self.order[positions % len(self.labels)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -121,10 +121,14 @@ def make_sampler(settings: Settings, dataset: ImageDataset, num_classes: int) ->
     """The batch sampler that the settings name, over `dataset`."""
     arguments = (dataset.labels, settings.batch_size, settings.seed, rank(), world_size())
     if settings.sampler == "shuffled":
-        return ShuffledBatchSampler(*arguments)
-    if settings.sampler == "class-aware":
-        return ClassAwareBatchSampler(*arguments)
-    return SelfCalibratedBatchSampler(*arguments, num_classes=num_classes, momentum=settings.calibration_momentum)
+        sampler = ShuffledBatchSampler(*arguments)
+    elif settings.sampler == "class-aware":
+        sampler = ClassAwareBatchSampler(*arguments)
+    else:
+        sampler = SelfCalibratedBatchSampler(*arguments, num_classes=num_classes,
+                                             momentum=settings.calibration_momentum)
+    sampler.train_at_least(settings.min_steps, settings.epochs)
+    return sampler
 
 
 def describe_run(run: Run, identity: dict[str, Any]) -> dict[str, Any]:

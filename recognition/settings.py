@@ -25,6 +25,8 @@ class Settings:
     t2: str = setting("", "checkpoint of T2 (default: best.pt in the folder 't2' beside --output)")
     t3: str = setting("", "checkpoint of T3 (default: best.pt in the folder 't3' beside --output)")
     epochs: int = setting(100, "passes over the stage's training images")
+    min_steps: int = setting(0, "least number of steps: a stage of few images makes several passes over them an "
+                                "epoch; 0 for one pass")
     batch_size: int = setting(8, "images a step, of all processes together")
     lr: float = setting(1e-3, "learning rate; with --schedule one-cycle its maximum")
     schedule: str = setting("steps", "steps: lr / 10 from each epoch of --lr-steps on; one-cycle: up for 30 per cent "
@@ -110,7 +112,8 @@ def check_ranges(settings: Settings) -> None:
     """Raise UserError for the first setting that is out of its range."""
     for name, low, high in (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("image_size", 32, 4096), ("lr", 1e-12, 1e3),
                             ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("logit_adjustment", 0, 100),
-                            ("calibration_momentum", 0, 0.9999), ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9)):
+                            ("calibration_momentum", 0, 0.9999), ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9),
+                            ("min_steps", 0, 1e9)):
         check_range(settings, name, low, high)
 
 

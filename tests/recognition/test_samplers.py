@@ -190,3 +190,22 @@ def test_a_restored_sampler_goes_on_where_the_saved_one_stood(kind, stop, tmp_pa
     second = sampler_of(kind, seed=99)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert begun + batches(second, 13 - stop) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps, passes", [(0, 1), (10, 1), (11, 2), (29, 3), (31, 4)])
+def test_few_images_are_passed_over_until_the_steps_are_reached(kind, steps, passes):
+    sampler = sampler_of(kind)
+    once = len(sampler)
+    sampler.train_at_least(steps * once, epochs=10)
+    assert len(sampler) == passes * once and len(draw_epochs(sampler, 1)) == passes * once
+
+
+def test_every_pass_of_a_shuffled_epoch_is_an_order_of_its_own():
+    sampler = sampler_of(ShuffledBatchSampler)
+    once = len(sampler)
+    sampler.train_at_least(2 * once, epochs=1)
+    drawn = draw_epochs(sampler, 1)
+    assert drawn == draw_epochs(sampler_of(ShuffledBatchSampler), 2)  # as two epochs of one pass
+    for half in (drawn[:once], drawn[once:]):
+        assert set(sum(half, [])) == set(range(len(LABELS)))
