@@ -1,82 +1,86 @@
-"""Name what is in images of your own: the likeliest classes of each, as lines, CSV or JSON.
+"""Classify your own images: the most probable classes of each, as lines, CSV or JSON.
 
     python predict.py --weights runs/FGSC-23/student/best.pt photo.png folder_of_chips/
     python predict.py --weights baselinestuweight_alpha_29 list.txt --csv predictions.csv --top 5
     python predict.py --weights runs/FGSC-23/student/best.onnx my_images/
 
-A list is a text file (.txt) with one path a line, seen from its own folder; a label after the path is ignored.
+A list is a text file (.txt) with one path a line, relative to its own folder; a label after the path is ignored.
 Checkpoints of this project bring their class names and image size, and so do the files that export.py made of them,
 which run here on the CPU in fp32. Released weights of the authors have neither: files of 23 classes are taken for
 FGSC-23, of 15 for DOTA, at 224 pixels; --data-root names another data set. An image that cannot be read is reported
-and left out, and makes the exit status 1."""
+and skipped, and makes the exit status 1."""
 
 import argparse
 import csv
-import os
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from common.files import atomic_path, write_json
-from common.images import decode_square, find_images, unreadable
+from common.images import decode_squares, find_images
 from common.runtime import UserError, run_script
 from common.workers import in_processes
-from recognition.inference import open_classifier
+from recognition.inference import Classifier, open_classifier
 
 
-def decode(job):
-    """[((size, size) uint8 array or None, what is wrong or None)] of a job (files, size)."""
-    files, size = job
-    decoded = []
-    for file in files:
-        try:
-            decoded.append((decode_square(file, size), None))
-        except Exception as error:  # a damaged file can make a decoder raise anything
-            decoded.append((None, unreadable(error) if os.path.isfile(file) else "no such image"))
-    return decoded
+class Prediction(NamedTuple):
+    """The most probable classes of an image, [(class id, probability)], or the reason why it could not be read."""
+
+    file: Path
+    ranking: list[tuple[int, float]]
+    reason: str | None
 
 
-def predict(classifier, files, top):
-    """Yield (file, [(class id, probability), ...] or None, what is wrong or None) for each file, in order.
-
-    classifier: an `inference.Classifier`. top: how many classes, the likeliest first."""
+def predict(classifier: Classifier, files: list[Path], top: int) -> Iterator[Prediction]:
+    """Yield the Prediction of each file, in order. top: the number of classes, most probable first."""
     together = classifier.batch_size
     chunks = [files[start:start + together] for start in range(0, len(files), together)]
     jobs = [(chunk, classifier.image_size) for chunk in chunks]
-    for chunk, decoded in zip(chunks, in_processes(decode, jobs), strict=True):
+    for chunk, decoded in zip(chunks, in_processes(decode_squares, jobs), strict=True):
         readable = [torch.from_numpy(image.copy()) for image, _ in decoded if image is not None]
-        ranked = iter(())
-        if readable:
-            logits = classifier.logits_of(torch.stack(readable).unsqueeze(1))  # (readable images, classes)
-            probabilities, ids = logits.softmax(1).topk(top)
-            ranked = zip(ids.tolist(), probabilities.tolist(), strict=True)
+        rankings = most_probable(classifier, readable, top) if readable else []
+        remaining = iter(rankings)
         for file, (_, reason) in zip(chunk, decoded, strict=True):
-            yield file, None if reason else list(zip(*next(ranked), strict=True)), reason
+            yield Prediction(file, [] if reason else next(remaining), reason)
 
 
-def write_csv(path, rows, top):
-    """One line an image: path, class and probability, then those of the next likeliest classes."""
+def most_probable(classifier: Classifier, images: list[torch.Tensor], top: int) -> list[list[tuple[int, float]]]:
+    """For each of the images, (size, size) uint8, the `top` most probable classes: [(class id, probability)]."""
+    logits = classifier.logits_of(torch.stack(images).unsqueeze(1))  # (images, classes)
+    probabilities, ids = logits.softmax(1).topk(top)
+    return [list(zip(ids_of_image, probabilities_of_image, strict=True))
+            for ids_of_image, probabilities_of_image in zip(ids.tolist(), probabilities.tolist(), strict=True)]
+
+
+def write_csv(path: str, rows: list[dict[str, Any]], top: int) -> None:
+    """Write one line an image: path, class and probability, then the next most probable classes and probabilities."""
     header = ["path", "class", "probability"]
     header += [f"{name}_{number}" for number in range(2, top + 1) for name in ("class", "probability")]
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row in rows:
-            if "error" not in row:
-                writer.writerow([row["path"], *(value for each in row["predictions"]
-                                                for value in (each["class"], f"{each['probability']:.6f}"))])
+            if "error" in row:
+                continue
+            cells = [row["path"]]
+            for prediction in row["predictions"]:
+                cells += [prediction["class"], f"{prediction['probability']:.6f}"]
+            writer.writerow(cells)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
     parser.add_argument("--weights", required=True, help="checkpoint of this project, released weights, or a "
                         "file that export.py made of them (.onnx, .pt2)")
     parser.add_argument("--csv", metavar="FILE", help="also write path, class, probability, ... of each image")
-    parser.add_argument("--json", metavar="FILE", help="also write all predictions, and what could not be read")
+    parser.add_argument("--json", metavar="FILE", help="also write all predictions, and unreadable images")
     parser.add_argument("--data-root", help="data set whose class names to use, for weights that hold none")
-    parser.add_argument("--image-size", type=int, help="default: what the checkpoint was trained at, or 224")
-    parser.add_argument("--top", type=int, default=3, help="classes to give for each image, the likeliest first")
+    parser.add_argument("--image-size", type=int, help="default: the training size of the checkpoint, or 224")
+    parser.add_argument("--top", type=int, default=3, help="number of classes for each image, most probable first")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto")
     args = parser.parse_args(argv)
@@ -86,14 +90,14 @@ def main(argv=None):
     classifier = open_classifier(args.weights, args.data_root, args.image_size, args.device, args.precision)
     classes = classifier.classes
     top, rows = min(args.top, len(classes)), []
-    for file, ranked, reason in predict(classifier, find_images(args.images), top):
+    for file, ranking, reason in predict(classifier, find_images(args.images), top):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})
             continue
         rows.append({"path": str(file), "predictions": [
-            {"id": class_id, "class": classes[class_id], "probability": value} for class_id, value in ranked]})
-        print(f"{file}: " + ", ".join(f"{classes[class_id]} {value:.3f}" for class_id, value in ranked))
+            {"id": class_id, "class": classes[class_id], "probability": value} for class_id, value in ranking]})
+        print(f"{file}: " + ", ".join(f"{classes[class_id]} {value:.3f}" for class_id, value in ranking))
     if args.csv:
         write_csv(args.csv, rows, top)
     if args.json:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,18 @@ def decode_grey(path: str | Path) -> Image.Image:
 def decode_square(path: str | Path, size: int) -> np.ndarray:
     """(size, size) uint8 array: the grey image resized bicubically, its aspect ratio not kept (the paper's recipe)."""
     return np.asarray(decode_grey(path).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def decode_squares(job: tuple[Sequence[str | Path], int]) -> list[tuple[np.ndarray | None, str | None]]:
+    """[(`decode_square` of the file, or None; the reason why it could not be read, or None)] of a job (files, size)."""
+    files, size = job
+    decoded: list[tuple[np.ndarray | None, str | None]] = []
+    for file in files:
+        try:
+            decoded.append((decode_square(file, size), None))
+        except Exception as error:  # a damaged file can make a decoder raise any exception
+            decoded.append((None, unreadable(error) if os.path.isfile(file) else "no such image"))
+    return decoded
 
 
 def unreadable(error: Exception) -> str:

@@ -2,10 +2,10 @@
 
     python -m demo.draw_scenes DESTINATION [--seed 0] [--train 120] [--test 40] [--size 256]
 
-No real image is used. A scene is a harbour, a coast, open sea, an airfield or a tank farm, at a ground resolution of
-its own, so that the objects of a scene fit each other; buildings, containers, cars, trees, islands and fields are there
-to be mistaken for them. The result is DESTINATION/train.json, DESTINATION/test.json, DESTINATION/images, and
-DESTINATION/sheet.png to look at.
+No real image is used. A scene is a harbour, a coast, open sea, an airfield or a tank farm, at its own ground
+resolution, so that the sizes of its objects fit each other; buildings, containers, cars, trees, islands and fields are
+distractors. The result is DESTINATION/train.json, DESTINATION/test.json, DESTINATION/images, and a contact sheet,
+DESTINATION/sheet.png.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from common.files import write_json
 from common.runtime import UserError, run_script
-from demo.draw_ships import write_whole
+from demo.folder import write_whole
 from demo.scenes import CLASSES, SPLITS, draw_scene
 
-# To be raised whenever the drawing changes, so that a folder drawn by an older program does not pass for a new one.
+# Raise it when the drawing changes, so that a folder drawn by an older version is not taken for a new one.
 DRAWING_VERSION = 1
 SHEET_COLUMNS, SHEET_ROWS = 6, 6
 BOX_COLOURS = ((255, 70, 70), (255, 235, 0), (0, 255, 255))
 
 
 def contact_sheet(scenes, size):
-    """RGB image of scenes (picture, boxes, labels) in rows, their boxes in the colour of the class."""
+    """RGB image of scenes (picture, boxes, labels) in rows, the boxes in the colours of their classes."""
     rows, pitch = -(-len(scenes) // SHEET_COLUMNS), size + 4
     sheet = Image.new("RGB", (SHEET_COLUMNS * pitch, rows * pitch + 20), (255, 255, 255))
     pencil = ImageDraw.Draw(sheet)
@@ -42,7 +42,7 @@ def contact_sheet(scenes, size):
 
 
 def coco_annotations(names, scenes, size):
-    """The COCO dict of images called `names` (under the folder "images") that show `scenes`."""
+    """The COCO dict of images called `names` (in the folder "images") of `scenes`."""
     annotations = []
     for image_id, (_, boxes, labels) in enumerate(scenes, 1):
         for (left, top, right, bottom), label in zip(boxes.round(2).tolist(), labels.tolist(), strict=True):
@@ -73,10 +73,10 @@ def write_files(folder, settings):
 
 
 def write_demo(destination, seed=0, train=120, test=40, size=256):
-    """Write the demo set into the folder destination; returns False, drawing nothing, if it is there already.
+    """Write the demo set into the folder `destination`; returns False, drawing nothing, if it is there already.
 
-    train, test: numbers of scenes; size: their sides in pixels, 32 to 1024. Raises UserError for a value out of range,
-    for a destination that holds anything else and for a disk that cannot be written."""
+    train, test: numbers of scenes; size: their side in pixels, 32 to 1024. Raises UserError for a value out of range, a
+    destination that holds anything else, and a disk that cannot be written."""
     if seed < 0 or train < 1 or test < 1 or not 32 <= size <= 1024:
         raise UserError("seed must be 0 or more, train and test 1 or more, size 32 to 1024")
     settings = {"demo": "detection", "drawing_version": DRAWING_VERSION, "seed": seed, "train": train, "test": test,

@@ -3,28 +3,28 @@
     python -m demo.draw_ships DESTINATION [--seed 0] [--scale 0.125] [--test-per-class 12] [--size 96]
 
 The classes and the shape of the long tail are those of FGSC-23. No real image is used: each chip is drawn from the
-description of its class (DESIGNS in ships.py) with random pose, paint, deck layout, light, sea and sensor. The
-result is DESTINATION/train and DESTINATION/test, one folder a class ("00_non-ship"), and DESTINATION/sheet.png to look
-at.
+design of its class (DESIGNS in demo/ships.py) with random pose, paint, deck layout, light, sea and sensor. The result
+is DESTINATION/train and DESTINATION/test, one folder a class ("00_non-ship"), and a contact sheet,
+DESTINATION/sheet.png.
 """
 
 import argparse
 import math
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from common.files import read_json, write_json
+from common.files import write_json
 from common.runtime import UserError, run_script
-from demo.ships import DESIGNS, Pen, quay, smooth_noise
+from demo.folder import write_whole
+from demo.pen import Pen, sample, smooth_noise
+from demo.ships import DESIGNS, draw_parts, hull_outline, quay
+from demo.water import draw_wake, sea
 from recognition.published import FGSC23
 
 SPLITS = ("train", "test")
-# To be raised whenever the drawing changes, so that a folder drawn by an older program does not pass for a new one.
+# Raise it when the drawing changes, so that a folder drawn by an older version is not taken for a new one.
 DRAWING_VERSION = 1
 SUPERSAMPLING = 3
 SHEET_CHIPS = 12
@@ -36,66 +36,8 @@ def train_count(class_id, scale):
 
 
 def class_folder(class_id):
-    """Name of the folder of a class, whose alphabetical order is that of the ids: "00_non-ship"."""
+    """Name of the folder of a class, "00_non-ship": the names sort by class id."""
     return f"{class_id:02d}_{DESIGNS[class_id].name}"
-
-
-def drawn(rng, value):
-    """A number from a (low, high) pair, both ends included if they are whole; any other value as it is."""
-    if not isinstance(value, tuple):
-        return value
-    return int(rng.integers(*value, endpoint=True)) if isinstance(value[0], int) else float(rng.uniform(*value))
-
-
-def sea(rng, side):
-    """Grey levels (side, side) of water: swell from one direction, patches of wind, glint on the crests."""
-    down, right = np.mgrid[:side, :side] / side
-    swell, height, waves = rng.uniform(0, 2 * np.pi), rng.uniform(1, 15), 0
-    for _ in range(5):
-        angle, cycles = swell + 0.3 * rng.normal(), rng.uniform(5, 22)
-        phase = 2 * np.pi * cycles * (right * math.cos(angle) + down * math.sin(angle))
-        waves = waves + np.sin(phase + rng.uniform(0, 6) + 1.5 * smooth_noise(rng, side, 5)) / 5
-    water = rng.uniform(50, 105) + height * waves + rng.uniform(1, 8) * smooth_noise(rng, side, 4)
-    glint = rng.random((side, side)) < rng.uniform(0, 0.4) * (waves > 0.4)
-    return np.clip(water + glint * rng.uniform(5, 50), 0, 255).astype(np.uint8)
-
-
-def hull_outline(rng, bow, stern):
-    """Points (36, 2) around a hull in the frame of Pen."""
-    position, halves = np.linspace(0, 1, 9), []
-    for end in (stern, bow):
-        taper, roundness, tip = (drawn(rng, value) for value in end)
-        halves.append(np.stack([0.5 - taper * (1 - position), 1 - (1 - tip) * position**roundness], axis=1))
-    side = np.concatenate([halves[0][::-1] * (-1, 1), halves[1]])
-    return np.concatenate([side, side[::-1] * (1, -1)])
-
-
-def draw_wake(pen, rng):
-    """Foam behind the stern and along the bow of a ship under way."""
-    foam = Image.new("L", pen.image.size)
-    streak = ImageDraw.Draw(foam)
-    length, spread = rng.uniform(0.6, 2.0), rng.uniform(1.2, 3.0)
-    for behind, level in ((spread, rng.uniform(15, 70)), (0.9, rng.uniform(40, 150))):
-        corners = pen.pixels([(-0.4, -0.6), (-length, -behind), (-length, behind), (-0.4, 0.6)])
-        streak.polygon(list(map(tuple, corners)), fill=int(level))
-    for side in (-1, 1):
-        crest = pen.pixels([(0.48, 0), (0.2, 1.1 * side), (-0.6, 2.0 * side)])
-        streak.line(list(map(tuple, crest)), fill=int(rng.uniform(0, 160)), width=max(1, pen.image.width // 100))
-    foam = foam.filter(ImageFilter.GaussianBlur(pen.image.width / 80))
-    broken = np.asarray(foam) * np.clip(0.9 + 0.5 * smooth_noise(rng, foam.width, 24), 0.2, 1.3)
-    pen.image.paste(225, (0, 0), Image.fromarray(np.clip(broken, 0, 255).astype(np.uint8)))
-
-
-def draw_parts(pen, rng, parts):
-    """Draw the parts of a design as this one ship has them: its alternatives, numbers, positions and paint."""
-    for item in parts:
-        if isinstance(item, list):
-            draw_parts(pen, rng, item[rng.integers(len(item))])
-            continue
-        primitive, chance, numbers = item
-        pen.shift, pen.tint = rng.uniform(-0.02, 0.02), rng.uniform(-20, 20)
-        if rng.random() < chance:
-            primitive(pen, rng, **{key: drawn(rng, value) for key, value in numbers.items()})
 
 
 def draw_ship(pen, rng, design):
@@ -105,11 +47,11 @@ def draw_ship(pen, rng, design):
     elif rng.random() < 0.6:
         draw_wake(pen, rng)
     around, outline = pen.image.copy(), hull_outline(rng, design.bow, design.stern)
-    pen.polygon(outline, drawn(rng, design.rim), rng.uniform(0.01, 0.035))
+    pen.polygon(outline, sample(rng, design.rim), rng.uniform(0.01, 0.035))
     pen.polygon(outline * (0.98, 0.86), 0)
     draw_parts(pen, rng, design.parts)
-    # A hull that lies low is seen through the water that washes over it.
-    pen.image.paste(Image.blend(around, pen.image, drawn(rng, design.opacity)))
+    # A hull that lies low shows through the water that washes over it.
+    pen.image.paste(Image.blend(around, pen.image, sample(rng, design.opacity)))
 
 
 def sense(rng, picture, size):
@@ -123,8 +65,8 @@ def sense(rng, picture, size):
 
 
 def object_box(pen, rng, size):
-    """(left, top, right, bottom) of the chip of a ship drawn in a picture of `size` pixels: the horizontal box around
-    its hull, plus some margin, in the picture."""
+    """(left, top, right, bottom) of a ship's chip in a picture of `size` pixels: the horizontal box of its hull with
+    random margins, clipped to the picture."""
     corners = pen.pixels([(x, y) for x in (-0.5, 0.5) for y in (-1.2, 1.2)]) * size / pen.image.width
     low, high = corners.min(0), corners.max(0)
     margin = rng.uniform(0.03, 0.12, (2, 2)) * (high - low)
@@ -133,20 +75,20 @@ def object_box(pen, rng, size):
 
 
 def draw_chip(split, class_id, index, seed=0, size=96):
-    """Draw one chip, a uint8 array (height, width), both at most `size`: a picture of size x size pixels, of which the
-    box of the ship is cut out, as chips are from annotated images.
+    """Draw one chip, a uint8 array (height, width), both at most `size`: the box of the ship, cut out of a picture of
+    size x size pixels as chips are cut out of annotated images.
 
-    split is "train" or "test", class_id 0 to 22, index counts from 0 within the class. These and seed fix all that is
-    random, so that a chip does not depend on what was drawn before it.
+    split is "train" or "test", class_id 0 to 22, index counts from 0 within the class. These and seed determine all
+    random choices, so that a chip does not depend on the chips drawn before it.
     """
     design = DESIGNS[class_id]
     rng = np.random.default_rng([seed, SPLITS.index(split), class_id, index])
     side = SUPERSAMPLING * size
     picture = Image.fromarray(sea(rng, size)).resize((side, side), Image.Resampling.BICUBIC)
-    # Bow left or right, give or take 20 degrees: to learn all 360 takes a network more than the minutes of a demo.
+    # Bow left or right, within 20 degrees: a network needs more than the minutes of a demo to learn all 360.
     light_from, heading = rng.uniform(0, 2 * np.pi), rng.integers(2) * np.pi + rng.uniform(-0.35, 0.35)
     sun = rng.uniform(0.2, 1.1) * np.array([math.cos(light_from), math.sin(light_from)])
-    length, ratio, deck = (drawn(rng, value) for value in (design.length, design.ratio, design.tone))
+    length, ratio, deck = (sample(rng, value) for value in (design.length, design.ratio, design.tone))
     pen = Pen(picture, side * rng.uniform(0.47, 0.53, 2), heading, side * length, ratio, deck, sun)
     if design.hull:
         draw_ship(pen, rng, design)
@@ -158,7 +100,7 @@ def draw_chip(split, class_id, index, seed=0, size=96):
 
 
 def contact_sheet(rows, scale, size):
-    """Grey image with a line for each class: name, training count and the chips of rows[class_id]."""
+    """Grey image with a line for each class: name, training count and the chips in rows[class_id]."""
     label_width, pitch, height = 270, size + 4, max(28, *(len(chip) for chips in rows for chip in chips)) + 4
     sheet = Image.new("L", (label_width + SHEET_CHIPS * pitch, len(rows) * height), 255)
     pencil = ImageDraw.Draw(sheet)
@@ -187,48 +129,13 @@ def write_files(folder, settings):
     write_json(folder / "demo.json", settings)
 
 
-def is_there(destination, settings):
-    """True if destination holds this very demo set, False if it is free; anything else there is a UserError."""
-    if not destination.exists():
-        return False
-    if not destination.is_dir():
-        raise UserError(f"{destination} is a file, not a folder")
-    if not any(destination.iterdir()):
-        return False
-    if not (destination / "demo.json").is_file():
-        raise UserError(f"{destination} is not empty and holds no demo set; name a new folder")
-    if read_json(destination / "demo.json") != settings:
-        raise UserError(f"{destination} holds a demo set of other settings (see its demo.json); name a new folder")
-    return True
-
-
 def write_demo(destination, seed=0, scale=0.125, test_per_class=12, size=96):
-    """Write the demo set into the folder destination; returns False, drawing nothing, if it is there already."""
+    """Write the demo set into the folder `destination`; returns False, drawing nothing, if it is there already."""
     if seed < 0 or test_per_class < 1 or not 0 < scale <= 10 or not 32 <= size <= 512:
         raise UserError("seed must be 0 or more, test-per-class 1 or more, scale above 0 to 10, size 32 to 512")
     settings = {"drawing_version": DRAWING_VERSION, "seed": seed, "scale": scale,
                 "test_per_class": test_per_class, "size": size}
     return write_whole(destination, settings, write_files)
-
-
-def write_whole(destination, settings, write):
-    """Let write(folder, settings) fill a folder beside `destination` that is renamed at the end, so that destination is
-    whole or not there. Returns False, writing nothing, if it is there already."""
-    destination = Path(destination).resolve()
-    if is_there(destination, settings):
-        return False
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        write(partial, settings)
-        if destination.is_dir():
-            destination.rmdir()
-        partial.rename(destination)
-    except OSError as error:
-        raise UserError(f"{destination} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
 
 
 def main():

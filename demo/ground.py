@@ -5,21 +5,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from demo.draw_ships import sea
 from demo.objects import circle
-from demo.ships import smooth_noise
+from demo.pen import smooth_noise
+from demo.water import sea
 
 SUPERSAMPLING = 2
 # Lengths of objects, as shares of the side of a scene: 14, 26 and 120 pixels of 256.
 SHORTEST, SHORTEST_SHIP, LONGEST = 14 / 256, 26 / 256, 120 / 256
 
-# The ground resolution, as the length of a middling plane in sides of a scene: 22 to 77 pixels of 256.
+# The ground resolution, as the length of an average plane in sides of a scene: 22 to 77 pixels of 256.
 UNITS = (0.085, 0.3)
 
-# What the ground is made of; 0 is what lies beyond the border of the picture.
+# Kinds of ground; 0 lies beyond the border of the picture.
 WATER, LAND, SAND, FIELD, CONCRETE, GRAVEL, ROAD, MARKING = range(1, 9)
 OPEN_LAND = (LAND, SAND, FIELD)
-# Pairs of colours that a kind of ground blends; a scene takes one pair of each.
+# Pairs of colours that are blended for a kind of ground; a scene takes one pair of each.
 PALETTES = {
     WATER: (((20, 50, 78), (36, 76, 100)), ((16, 36, 58), (28, 54, 76)), ((46, 86, 94), (70, 108, 106))),
     LAND: (((58, 84, 48), (96, 106, 64)), ((86, 88, 54), (132, 118, 82)), ((42, 64, 40), (76, 94, 54))),
@@ -34,15 +34,15 @@ PALETTES = {
 
 @dataclass
 class Scene:
-    """A scene that is being drawn, on `side` x `side` supersampled pixels, in which all lengths and positions are."""
+    """A scene while it is drawn, on `side` x `side` supersampled pixels, the unit of all lengths and positions."""
 
     rng: np.random.Generator
     side: int
-    unit: float  # the ground resolution: the length of a middling plane
+    unit: float  # the ground resolution: the length of an average plane
     angle: float  # of quays, runways and rows with the x axis, in radians
     sun: np.ndarray  # (2,) direction of shadows, of length 0.3 to 1.1
-    ground: Image.Image  # mode L, what the ground is made of
-    occupied: Image.Image  # mode L, 255 where something stands
+    ground: Image.Image  # mode L, kinds of ground
+    occupied: Image.Image  # mode L, 255 where an object stands
     foam: Image.Image  # mode L
     placed: list = field(default_factory=list)  # (sprite, left, top)
     boxes: list = field(default_factory=list)  # (4,) float64 xyxy
@@ -58,7 +58,7 @@ class Scene:
         return self.side / 2 + np.asarray(points, float) @ self.axes
 
     def length(self, low, high, shortest=SHORTEST):
-        """A length drawn between multiples of the unit, within what a scene may hold."""
+        """A random length between two multiples of the unit, within the limits of a scene."""
         return float(np.clip(self.unit * self.rng.uniform(low, high), shortest * self.side, LONGEST * self.side))
 
 
@@ -79,8 +79,8 @@ def rectangle(x, y, length, width):
 
 
 def new_scene(rng, side, shore, ragged):
-    """Scene of bare water and land. The shore passes the middle `shore` sides towards the water, straight, or `ragged`
-    sides to and fro, with a beach along it."""
+    """Scene of bare water and land. The shore passes the middle at `shore` sides towards the water; it is straight,
+    or it varies by `ragged` sides and has a beach."""
     unit, angle, away = side * np.exp(rng.uniform(*np.log(UNITS))), *rng.uniform(0, 2 * np.pi, 2)
     sun = rng.uniform(0.3, 1.1) * np.array([np.cos(away), np.sin(away)])
     ground, occupied, foam = (Image.new("L", (side, side)) for _ in range(3))
@@ -119,7 +119,7 @@ def add_runway(scene):
 
 
 def add_quay(scene, shore):
-    """Lay out a quay along the straight shore, piers with it or not. Returns the edges at which a ship may lie: start
+    """Lay out a quay along the straight shore, with or without piers. Returns the edges for ships to moor at: start
     (2,), direction (2,) and direction to the water (2,), all along the axes, and the length."""
     rng, side, unit = scene.rng, scene.side, scene.unit
     quay, depth = -shore * side, rng.uniform(0.3, 1.2) * unit
@@ -134,8 +134,8 @@ def add_quay(scene, shore):
 
 
 def paint_ground(scene):
-    """RGB picture (side x side) of the ground: each kind blends its two colours, on water there is swell, on concrete
-    there are the joints of its slabs."""
+    """RGB picture (side x side) of the ground: a blend of two colours for each kind, with swell on water and the
+    joints of slabs on concrete."""
     rng, side = scene.rng, scene.side
     size, picture = side // SUPERSAMPLING, Image.new("RGB", (side, side))
     places = np.mgrid[:size, :size][::-1].transpose(1, 2, 0) * SUPERSAMPLING  # (size, size, 2), x and y

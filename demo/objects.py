@@ -1,5 +1,5 @@
-"""What stands on the ground in the scenes of the detection demo set: planes, ships and storage tanks, which are to be
-found, and buildings, containers, cars and trees, which are not. Each is drawn once, in a patch of its own."""
+"""The objects of the scenes of the detection demo set: planes, ships and storage tanks, which are to be detected, and
+buildings, containers, cars and trees as distractors. Each is drawn once, in its own patch."""
 
 import math
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from demo.draw_ships import draw_parts, drawn, hull_outline
-from demo.ships import DESIGNS, Pen, grid
+from demo.pen import Pen, sample
+from demo.ships import DESIGNS, draw_parts, grid, hull_outline
 
 PLANE_PAINTS = ((226, 230, 236), (206, 212, 220), (236, 234, 226), (176, 184, 192))
 SHIP_PAINTS = ((128, 132, 138), (122, 66, 54), (96, 84, 74), (74, 104, 88), (88, 104, 128), (176, 164, 140))
 TANK_PAINTS = ((226, 228, 226), (204, 206, 206), (216, 206, 184), (186, 198, 186))
 ROOF_PAINTS = ((150, 150, 154), (142, 92, 76), (110, 116, 122), (196, 194, 188), (96, 108, 136))
 CAR_PAINTS = ((220, 220, 222), (40, 42, 46), (150, 40, 40), (50, 70, 130), (140, 142, 146))
-# Those of the recognition demo that look like a ship at 20 pixels too.
+# Designs of the recognition demo that still look like a ship at 20 pixels.
 SHIP_DESIGNS = [design for design in DESIGNS
                 if design.name not in ("non-ship", "submarine", "combat-boat", "hovercraft", "barge")]
-# Around a rectangle of length 1 and half width 1.
+# Of a rectangle of length 1 and half width 1.
 CORNERS = np.array([(-0.5, -1), (0.5, -1), (0.5, 1), (-0.5, 1)])
 
 
 @dataclass
 class Sprite:
-    """An object drawn in a square patch of its own: its colours (RGB), its silhouette (mode L, 255 inside) and how far
-    it throws its shadow, in pixels of the patch."""
+    """An object drawn in its own square patch: its colours (RGB), its silhouette (mode L, 255 inside) and the length of
+    its shadow in pixels of the patch."""
 
     colours: Image.Image
     silhouette: Image.Image
@@ -33,16 +33,16 @@ class Sprite:
 
 
 def one_of(rng, paints):
-    """One of some colours, a little changed."""
+    """A random one of `paints`, slightly varied."""
     return tuple(int(value) for value in np.clip(paints[rng.integers(len(paints))] + rng.normal(0, 6, 3), 0, 255))
 
 
 def make_sprite(rng, outlines, paint, colour, deck, length, ratio, heading, sun, shadow):
-    """Sprite of an object `length` pixels long in the frame of `demo_ships.Pen`.
+    """Sprite of an object `length` pixels long in the frame of `demo.pen.Pen`.
 
-    outlines: list of (n, 2) points, together the silhouette. paint(pen, rng) draws in grey, which is then coloured: the
-    grey level `deck` becomes `colour`, darker ones tend to black, lighter ones to white. Nothing of it shows outside
-    the silhouette. ratio: length over beam. heading: radians from the x axis to the y axis, which points down. sun:
+    outlines: list of (n, 2) points, the silhouette. paint(pen, rng) draws in grey, which is then coloured: the grey
+    level `deck` becomes `colour`, darker ones tend to black, lighter ones to white. Outside the silhouette nothing is
+    shown. ratio: length over beam. heading: radians from the x axis to the y axis, which points down. sun:
     direction (2,) of shadows."""
     patch = 2 * math.ceil(0.75 * length) + 2
     grey, silhouette = Image.new("L", (patch, patch)), Image.new("L", (patch, patch))
@@ -91,17 +91,17 @@ def plane_sprite(rng, length, heading, sun):
 
 
 def ship_sprite(rng, length, heading, sun):
-    """A ship of one of the designs of the recognition demo, in colour and somewhat broader."""
+    """A ship of a random design of the recognition demo, in colour and somewhat broader."""
     design = SHIP_DESIGNS[rng.integers(len(SHIP_DESIGNS))]
-    outline, ratio = hull_outline(rng, design.bow, design.stern), rng.uniform(0.65, 0.85) * drawn(rng, design.ratio)
+    outline, ratio = hull_outline(rng, design.bow, design.stern), rng.uniform(0.65, 0.85) * sample(rng, design.ratio)
 
     def paint(pen, rng):
-        pen.polygon(outline, drawn(rng, design.rim))
+        pen.polygon(outline, sample(rng, design.rim))
         pen.polygon(outline * (0.98, 0.86), 0)
         draw_parts(pen, rng, design.parts)
 
-    return make_sprite(rng, [outline], paint, one_of(rng, SHIP_PAINTS), drawn(rng, design.tone), length, ratio, heading,
-                       sun, 0.035 * length)
+    colour, deck = one_of(rng, SHIP_PAINTS), sample(rng, design.tone)
+    return make_sprite(rng, [outline], paint, colour, deck, length, ratio, heading, sun, 0.035 * length)
 
 
 def tank_sprite(rng, diameter, floating, colour, sun):

@@ -1,9 +1,8 @@
-"""The scenes of the detection demo set: who stands where on the ground, light, sensor."""
+"""The scenes of the detection demo set: the placing of objects, light, sensor."""
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from demo.draw_ships import draw_wake
 from demo.ground import (
     CONCRETE,
     FIELD,
@@ -34,7 +33,8 @@ from demo.objects import (
     tank_sprite,
     tree_sprite,
 )
-from demo.ships import Pen, smooth_noise
+from demo.pen import Pen, smooth_noise
+from demo.water import draw_wake
 
 CLASSES = ("plane", "ship", "storage_tank")
 PLANE, SHIP, TANK = range(3)
@@ -42,7 +42,7 @@ SPLITS = ("train", "test")
 EMPTY_SHARE = 0.05
 MOST_OBJECTS = 12
 MOST_OVERLAP = 0.05  # intersection over union of two boxes
-# Where beside a quay a ship is tried: its centre so many of its lengths away.
+# Tried distances of a moored ship's centre from the quay, in ship lengths.
 BERTH_GAPS = np.arange(0.08, 0.3, 0.015)
 # Share of scenes, the range of `shore` (9: all is land, -9: all is water) and how ragged it is (see new_scene), and the
 # shares of planes, ships and tanks among the objects.
@@ -68,9 +68,9 @@ def overlap(box, boxes):
 
 
 def place(scene, sprite, centre, grounds, label=None):
-    """Put a sprite around centre (2,), if nothing stands there and all ground under it is one of `grounds`, which also
-    means that it is wholly in the picture; and, if it is an object of class `label`, if its box keeps off the others'.
-    Returns whether it was put there."""
+    """Place a sprite around `centre` (2,) if the spot is free, all ground under it is one of `grounds` (so that it is
+    wholly in the picture), and, for an object of class `label`, its box keeps clear of the others'. Returns whether it
+    was placed."""
     patch, inside = sprite.silhouette.width, np.asarray(sprite.silhouette) > 0
     left, top = np.rint(np.asarray(centre) - patch / 2).astype(int).tolist()
     ground, occupied = (np.asarray(layer.crop((left, top, left + patch, top + patch)))[inside]
@@ -90,13 +90,13 @@ def place(scene, sprite, centre, grounds, label=None):
 
 
 def scatter(scene, sprite, grounds, label=None, tries=20):
-    """Put a sprite somewhere. Returns whether a place was found."""
+    """Place a sprite at random. Returns whether a free spot was found."""
     return any(place(scene, sprite, scene.rng.uniform(0, scene.side, 2), grounds, label) for _ in range(tries))
 
 
 def lay_out(scene, columns, rows, pitch, kind):
-    """Cover a yard of rows and columns with ground of a kind, where most of it is on land and in the picture. Returns
-    the spots in it, (n, 2), in random order."""
+    """Cover a yard of rows and columns with ground of a kind; of 20 random places, the one with most of the yard on
+    land and in the picture. Returns the spots in it, (n, 2), in random order."""
     rng, side = scene.rng, scene.side
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=2).reshape(-1, 2) + 0.5
     grid = (grid - (columns / 2, rows / 2)) * pitch
@@ -155,7 +155,7 @@ def put_ships(scene, count, edges):
 
 
 def add_wake(scene, length, heading):
-    """Foam behind the ship that was placed last; its patch is long enough for the wake, with the ship at one end."""
+    """Foam behind the last ship placed, in a patch with room for the wake and the ship at one end."""
     sprite, left, top = scene.placed[-1]
     patch, ahead = int(3.2 * length), 0.6 * length * np.array([np.cos(heading), np.sin(heading)])
     wake = Image.new("L", (patch, patch))
@@ -165,7 +165,7 @@ def add_wake(scene, length, heading):
 
 
 def put_distractors(scene):
-    """Buildings, containers, cars and trees on what ground is left."""
+    """Buildings, containers, cars and trees on the free ground."""
     rng, unit, least, square = scene.rng, scene.unit, 0.017 * scene.side, (scene.angle, scene.angle + np.pi / 2)
     for _ in range(rng.integers(0, 12)):
         heading = square[rng.integers(2)] + (rng.random() < 0.2) * rng.uniform(0, 1.5)
@@ -193,7 +193,7 @@ def sense(rng, picture):
 
 
 def render(scene):
-    """Array (size, size, 3) uint8 of a scene that is laid out."""
+    """Array (size, size, 3) uint8 of a laid-out scene."""
     picture, shadows = paint_ground(scene), Image.new("L", scene.ground.size)
     for sprite, left, top in scene.placed:
         for reach in np.linspace(0.25, 1, 4) * sprite.shadow:
@@ -224,7 +224,7 @@ def lay_out_scene(rng, size):
         if tanks:
             put_tanks(scene, tanks)
         put_ships(scene, ships, edges)
-        # There may be no room for any of them, such as ships at a coast without much water; then another is tried.
+        # There may be no room for any object, such as ships at a coast without much water: then try another scene.
         if scene.boxes or not wanted:
             put_distractors(scene)
             return scene
@@ -234,8 +234,8 @@ def draw_scene(split, index, seed=0, size=256):
     """Draw one scene: its picture (size, size, 3) uint8, the boxes (G, 4) float64 xyxy in its pixels, tight around
     hull, wings and fuselage, or tank, without shadow and wake, and their labels (G,) int64, indices of CLASSES.
 
-    split is "train" or "test". split, index and seed fix all that is random, so that a scene does not depend on what
-    was drawn before it."""
+    split is "train" or "test". split, index and seed determine all random choices, so that a scene does not depend on
+    the scenes drawn before it."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = lay_out_scene(rng, size)
     boxes = np.reshape(scene.boxes, (-1, 4)) / SUPERSAMPLING

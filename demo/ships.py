@@ -1,64 +1,12 @@
-"""The ships of the demo data set: a pen that draws in a ship's own frame, the parts that it can draw, and a table of
-what each of FGSC-23's 23 classes is made of."""
+"""The ships of the demo data set: the parts of ships, and a table of the parts of each of FGSC-23's 23 classes."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-
-class Pen:
-    """Draws on a grey image in the frame of one ship.
-
-    Points are (x, y): x in hull lengths with the stern at -0.5 and the bow at 0.5, y in half beams with port at -1 and
-    starboard at 1. Tones are offsets from the grey of the deck (0 to 255). Heights are in hull lengths. shift (in x)
-    and tint (a tone) move whatever is drawn, which is how the parts of two ships of a class come to differ.
-    """
-
-    def __init__(self, image, centre, heading, length, ratio, deck, sun):
-        self.image, self.draw = image, ImageDraw.Draw(image)
-        self.centre, self.length, self.half_beam, self.deck, self.sun = centre, length, length / (2 * ratio), deck, sun
-        self.slenderness = 2 * ratio
-        self.rotation = np.array([[math.cos(heading), math.sin(heading)], [-math.sin(heading), math.cos(heading)]])
-        self.shift = self.tint = 0.0
-
-    def pixels(self, points):
-        """Pixel positions (n, 2) of points (n, 2) in the frame of the ship."""
-        return self.centre + (np.add(points, (self.shift, 0)) * (self.length, self.half_beam)) @ self.rotation
-
-    def grey(self, tone):
-        """Grey level of a tone, kept off pure black and white."""
-        return int(np.clip(self.deck + self.tint + tone, 6, 250))
-
-    def polygon(self, points, tone, height=0.0):
-        """Fill a polygon; with a height it throws a shadow away from the sun first."""
-        corners = self.pixels(points)
-        for reach in (0.5, 1.0) if height else ():
-            shadow = corners + self.sun * (reach * height * self.length)
-            self.draw.polygon(list(map(tuple, shadow)), fill=30)
-        self.draw.polygon(list(map(tuple, corners)), fill=self.grey(tone))
-
-    def rectangle(self, start, end, low, high, tone, height=0.0):
-        """Fill the rectangle from x = start to end and y = low to high."""
-        self.polygon([(start, low), (end, low), (end, high), (start, high)], tone, height)
-
-    def disc(self, x, y, radius, tone, height=0.0):
-        """Fill a disc whose radius is given in half beams, round in the picture whatever the shape of the ship."""
-        angle = np.linspace(0, 2 * np.pi, 18, endpoint=False)
-        circle = np.stack([np.cos(angle) / self.slenderness, np.sin(angle)], axis=1)
-        self.polygon(circle * radius + (x, y), tone, height)
-
-    def stroke(self, points, width, tone):
-        """Draw a line through points; width in half beams, at least a pixel of the supersampled image."""
-        thickness = max(1, round(width * self.half_beam))
-        self.draw.line(list(map(tuple, self.pixels(points))), fill=self.grey(tone), width=thickness)
-
-
-def smooth_noise(rng, side, cells):
-    """Noise of unit size (side, side) that varies over side / cells pixels."""
-    coarse = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+from demo.pen import sample, smooth_noise
 
 
 def box(pen, rng, x, length, width, y=0.0, tone=40.0, height=0.03, tiers=1):
@@ -69,12 +17,12 @@ def box(pen, rng, x, length, width, y=0.0, tone=40.0, height=0.03, tiers=1):
 
 
 def grid(pen, rng, start, end, columns, rows, width=0.85, y=0.0, tone=0.0, spread=5.0, gap=0.15, fill=1.0, height=0.01):
-    """Rows of boxes (containers, hatches, missile cells); gap is the bare part, fill the share that is there."""
+    """Rows of boxes (containers, hatches, missile cells); gap is the bare share, fill the share of boxes drawn."""
     step, row_step = (end - start) / columns, 2 * width / rows
     for x in start + step * np.arange(columns):
         for low in y - width + row_step * np.arange(rows):
-            shade, there = tone + spread * rng.normal(), rng.random() < fill
-            if there:
+            shade, is_drawn = tone + spread * rng.normal(), rng.random() < fill
+            if is_drawn:
                 pen.rectangle(x, x + step * (1 - gap), low, low + row_step * (1 - min(gap, 0.2)), shade, height)
 
 
@@ -97,7 +45,7 @@ def plate(pen, rng, points, tone=0.0):
 
 
 def gun(pen, rng, x, size=0.35, ahead=1, tone=35.0):
-    """A turret with its barrel trained ahead (1) or astern (-1), give or take."""
+    """A turret with its barrel trained roughly ahead (1) or astern (-1)."""
     pen.disc(x, 0, size, tone, 0.02)
     pen.stroke([(x, 0), (x + ahead * 0.05, rng.uniform(-0.25, 0.25))], 0.12, tone + 20)
 
@@ -134,7 +82,7 @@ def boats(pen, rng, start, end, count, tone=45.0):
 
 
 def cranes(pen, rng, start, end, count, reach=0.08, tone=50.0):
-    """Deck cranes or derricks on the centre line: a post and a jib that points anywhere."""
+    """Deck cranes or derricks on the centre line: a post and a jib in a random direction."""
     for x in np.linspace(start, end, count):
         angle = rng.uniform(0, 2 * np.pi)
         pen.disc(x, 0, 0.16, tone, 0.03)
@@ -182,17 +130,17 @@ def clouds(pen, rng):
 
 
 def part(primitive, chance=1.0, **numbers):
-    """An item of a design: a primitive, the share of ships that have it, its numbers (a pair is a range)."""
+    """An item of a design: a primitive, the share of ships that have it, its arguments (a pair is a range)."""
     return primitive, chance, numbers
 
 
 @dataclass(frozen=True)
 class Design:
-    """What the ships of a class have in common; each (low, high) pair is a range.
+    """The common features of the ships of a class; each (low, high) pair is a range.
 
     length is a share of the side of the chip, ratio is length over beam. bow and stern are (taper in hull lengths,
     roundness from 1 for straight to 3 for full, width of the tip in beams). tone is the grey of the deck, rim the tone
-    of its edge. A list among the parts holds alternatives, each a tuple of parts, of which a ship gets one.
+    of its edge. A list among the parts holds alternatives, each a tuple of parts; a ship gets one of them.
     """
 
     name: str
@@ -207,6 +155,33 @@ class Design:
     opacity: float | tuple = 1.0
     hull: bool = True
 
+
+# ---- a ship of a design ----------------------------------------------------------------------------------------------
+
+
+def hull_outline(rng, bow, stern):
+    """Points (36, 2) around a hull in the frame of Pen."""
+    position, halves = np.linspace(0, 1, 9), []
+    for end in (stern, bow):
+        taper, roundness, tip = (sample(rng, value) for value in end)
+        halves.append(np.stack([0.5 - taper * (1 - position), 1 - (1 - tip) * position**roundness], axis=1))
+    side = np.concatenate([halves[0][::-1] * (-1, 1), halves[1]])
+    return np.concatenate([side, side[::-1] * (1, -1)])
+
+
+def draw_parts(pen, rng, parts):
+    """Draw the parts of a design for one ship, with random alternatives, numbers, positions and paint."""
+    for item in parts:
+        if isinstance(item, list):
+            draw_parts(pen, rng, item[rng.integers(len(item))])
+            continue
+        primitive, chance, numbers = item
+        pen.shift, pen.tint = rng.uniform(-0.02, 0.02), rng.uniform(-20, 20)
+        if rng.random() < chance:
+            primitive(pen, rng, **{key: sample(rng, value) for key, value in numbers.items()})
+
+
+# ---- the 23 classes --------------------------------------------------------------------------------------------------
 
 FLAT_END, FULL_BOW = ((0.01, 0.05), 2.0, (0.8, 0.97)), ((0.08, 0.14), (1.9, 2.4), 0.05)
 SHARP_BOW = ((0.3, 0.42), (1.6, 2.0), 0.02)

@@ -8,6 +8,8 @@ from PIL import Image
 
 from common.runtime import UserError
 from demo import draw_ships
+from demo.pen import Pen, sample
+from demo.ships import DESIGNS
 from recognition.published import FGSC23
 from tests.support import run_program
 
@@ -34,7 +36,7 @@ def small_set(tmp_path_factory):
 
 def test_designs_follow_the_published_class_order():
     published = [name.lower().replace(" ", "-") for name in FGSC23["classes"]]
-    assert [design.name for design in draw_ships.DESIGNS] == published
+    assert [design.name for design in DESIGNS] == published
 
 
 def test_training_counts_keep_the_shape_of_the_long_tail():
@@ -79,15 +81,15 @@ def test_seed_fixes_every_byte(small_set, tmp_path):
 
 def test_numbers_drawn_from_ranges():
     rng = np.random.default_rng(0)
-    assert {draw_ships.drawn(rng, (2, 4)) for _ in range(60)} == {2, 3, 4}
-    reals = [draw_ships.drawn(rng, (2.0, 4.0)) for _ in range(60)]
+    assert {sample(rng, (2, 4)) for _ in range(60)} == {2, 3, 4}
+    reals = [sample(rng, (2.0, 4.0)) for _ in range(60)]
     assert 2 <= min(reals) < 2.5 and 3.5 < max(reals) <= 4
-    assert draw_ships.drawn(rng, [(1, 2), (3, 4)]) == [(1, 2), (3, 4)] and draw_ships.drawn(rng, 7) == 7
+    assert sample(rng, [(1, 2), (3, 4)]) == [(1, 2), (3, 4)] and sample(rng, 7) == 7
 
 
 def test_ship_is_drawn_along_its_heading():
     picture = Image.new("L", (100, 100), 0)
-    pen = draw_ships.Pen(picture, np.array([50, 50]), np.pi / 2, 80, 4, 100, np.zeros(2))
+    pen = Pen(picture, np.array([50, 50]), np.pi / 2, 80, 4, 100, np.zeros(2))
     pen.rectangle(-0.5, 0.5, -1, 1, 50)
     rows, columns = np.nonzero(np.asarray(picture) == 150)
     assert np.ptp(rows) == pytest.approx(80, abs=2) and np.ptp(columns) == pytest.approx(20, abs=2)

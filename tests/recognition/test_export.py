@@ -18,9 +18,8 @@ from torch import nn
 import export
 import predict
 from common.files import sha256_of
-from common.images import find_images
+from common.images import decode_squares, find_images
 from dataset import network_input
-from predict import decode
 from recognition.inference import batch_size, logits_function
 from resnet50 import ResNet50, read_weights
 from tests.support import PROJECT, TINY_GROUPS, authors_state, error_line, run_program
@@ -32,7 +31,7 @@ SUFFIXES = {"onnx": ".onnx", "program": ".pt2"}
 @pytest.fixture(scope="module")
 def images(tiny):
     """(N, 1, 32, 32) uint8: the first of the tiny images, as predict.py reads them."""
-    decoded = decode((find_images([tiny / "images"])[:20], 32))
+    decoded = decode_squares((find_images([tiny / "images"])[:20], 32))
     return torch.stack([torch.from_numpy(image.copy()) for image, _ in decoded]).unsqueeze(1)
 
 
