@@ -226,7 +226,7 @@ def test_an_image_that_cannot_be_read_is_named(trained, tiny, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     assert run(export, "program", "--weights", trained[0] / "best.pt", "--output", tmp_path / "out",
                tiny / "images" / "test_0_1.png", tmp_path / "broken.png") == 2
-    assert re.search(r"broken\.png: not an image that Pillow can read; give images", error_line(capsys))
+    assert re.search(r"broken\.png: not an image that Pillow can read; give readable images", error_line(capsys))
     assert not (tmp_path / "out").exists()
 
 
