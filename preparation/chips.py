@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common.files import read_json
-from common.images import decode_grey, existing_folders, image_files, image_size, large_images, unreadable
+from common.coco import corners_of, read_coco_file
+from common.dota import find_dota_files, horizontal_box, read_label_file
+from common.images import decode_grey, existing_folders, image_size, large_images, unreadable
 from common.runtime import UserError
 from common.workers import in_processes
 from preparation.sources import Source, read_released
@@ -91,64 +92,17 @@ def read_dota(paths, margin):
 
 def _read_dota_folder(folder, margin, skipped):
     """[(Chip, label)] of every object in one folder. Adds the places of objects outside their image to `skipped`."""
-    images = {}
-    for pattern in ("images", "images/images", "images/part*", "images/part*/images", "part*/images", "part*"):
-        for place in sorted(folder.glob(pattern)):
-            for name in image_files(place) if place.is_dir() else ():
-                if images.setdefault(Path(name).stem, place / name) != place / name:
-                    raise UserError(f"{place / name}: also found as {images[Path(name).stem]}; expected one of them")
-    places = [folder / name for name in ("labelTxt", "labelTxt-v1.0/labelTxt", "labelTxt-v1.0", "labelTxt/labelTxt")]
-    files = next((files for place in places if (files := _label_files(place))), {})
-    if not images or not files:
-        missing = "label files in labelTxt/" if images else "images in images/"
-        raise UserError(f"{folder}: no {missing}; expected a folder of DOTA v1.0 with images/ and labelTxt/, or the "
-                        "released lists anno/DOTA/DOTA_train.txt")
-    for stem in sorted(images.keys() ^ files.keys()):
-        raise UserError(f"{images[stem]}: no label file {stem}.txt in {next(iter(files.values())).parent}"
-                        if stem in images else f"{files[stem]}: no image {stem}.png in {folder / 'images'}")
     samples = []
-    for stem, image in sorted(images.items()):
+    for image, labels in find_dota_files(folder):
         size = image_size(image)
-        for number, (box, label, where) in enumerate(read_label_file(files[stem])):
-            box = chip_box(box, size, margin)
+        for number, item in enumerate(read_label_file(labels, DOTA["classes"])):
+            box = chip_box(horizontal_box(item.points), size, margin)
             if box is None:
-                skipped.append(where)
+                skipped.append(item.where)
             else:
-                name = f"{DOTA['classes'][label]}/{_file_name(stem)}_{number}.png"
-                samples.append((Chip(str(image), box, name), label))
+                name = f"{DOTA['classes'][item.label]}/{_file_name(image.stem)}_{number}.png"
+                samples.append((Chip(str(image), box, name), item.label))
     return samples
-
-
-def _label_files(folder):
-    return {path.stem: path for path in folder.glob("*.txt") if not path.name.startswith(".")}
-
-
-def read_label_file(path):
-    """A DOTA label file as [(horizontal box of the four points, label, "file:line")].
-
-    Lines are `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`, difficult optional; difficult objects count like others.
-    Header lines (`imagesource:...`, `gsd:...`) and blank ones are skipped. Raises UserError naming any other line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    objects = []
-    for number, line in enumerate(lines, 1):
-        fields, where = line.split(), f"{path}:{number}"
-        if not fields or fields[0].partition(":")[0].lower() in ("imagesource", "gsd"):
-            continue
-        try:
-            values = [float(value) for value in fields[:8]]
-        except ValueError:
-            values = []
-        if len(fields) not in (9, 10) or len(values) != 8 or not all(map(math.isfinite, values)):
-            raise UserError(f"{where}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult', found {line[:80]!r}")
-        if fields[8] not in DOTA["classes"]:
-            raise UserError(f"{where}: class {fields[8][:40]!r} is none of the 15 of DOTA v1.0; use the labels of v1.0 "
-                            "(labelTxt-v1.0), or remove the line")
-        xs, ys = values[0::2], values[1::2]
-        objects.append(((min(xs), min(ys), max(xs), max(ys)), DOTA["classes"].index(fields[8]), where))
-    return objects
 
 
 # ---- COCO ------------------------------------------------------------------------------------------------------------
@@ -161,15 +115,10 @@ def read_coco(paths, margin, images=None):
         raise UserError(f"coco: expected TRAIN.json and perhaps TEST.json, found {len(paths)} sources")
     skipped, crowds, parts, categories = [], 0, [], None
     for path in map(Path, paths):
-        content = read_json(path)
-        if not isinstance(content, dict) or not all(
-                isinstance(content.get(key), list) and all(isinstance(entry, dict) for entry in content[key])
-                for key in ("images", "annotations", "categories")):
-            raise UserError(f"{path}: not a COCO annotation file; expected lists of images, annotations and categories")
-        found = _categories(content, path)
-        if categories not in (None, found):
+        content = read_coco_file(path)
+        if categories not in (None, content.categories):
             raise UserError(f"{path}: categories differ from those of {paths[0]}; expected the same ids and names")
-        categories = found
+        categories = content.categories
         samples, crowds_here = _read_coco_file(content, path, categories, margin, images, skipped)
         parts.append(samples)
         crowds += crowds_here
@@ -177,25 +126,14 @@ def read_coco(paths, margin, images=None):
     return Source(list(categories.values()), parts[0], parts[1] if len(parts) == 2 else None, notes=notes)
 
 
-def _categories(content, path):
-    """{category id: name}, ascending."""
-    entries = [(entry.get("id"), entry.get("name")) for entry in content["categories"]]
-    if not entries or not all(type(number) is int and isinstance(name, str) and name for number, name in entries):
-        raise UserError(f"{path}: expected every category to have an id (whole number) and a name")
-    categories = dict(sorted(entries))
-    if len(categories) < len(entries) or len(set(categories.values())) < len(entries):
-        raise UserError(f"{path}: two categories have the same id or the same name")
-    return categories
-
-
 def _read_coco_file(content, path, categories, margin, images, skipped):
     """([(Chip, label)], number of crowd annotations) of one annotation file."""
-    image_of = {str(entry.get("id")): entry for entry in content["images"]}
-    if len(image_of) < len(content["images"]):
+    image_of = {str(entry.get("id")): entry for entry in content.images}
+    if len(image_of) < len(content.images):
         raise UserError(f"{path}: two images have the same id")
     label_of = {category: label for label, category in enumerate(categories)}
     places, located, samples, crowds = _image_places(path, images), {}, [], 0
-    for number, annotation in enumerate(content["annotations"]):
+    for number, annotation in enumerate(content.annotations):
         where = f"{path}: annotation {annotation.get('id', f'number {number}')}"
         if annotation.get("iscrowd"):
             crowds += 1
@@ -206,7 +144,7 @@ def _read_coco_file(content, path, categories, margin, images, skipped):
         if image_id not in located:
             located[image_id] = _locate(image_of[image_id], places, path)
         image, size = located[image_id]
-        box = square_box(_corners(annotation.get("bbox"), where), size, margin)
+        box = square_box(_box_of(annotation, where), size, margin)
         if box is None:
             skipped.append(where)
             continue
@@ -215,13 +153,12 @@ def _read_coco_file(content, path, categories, margin, images, skipped):
     return samples, crowds
 
 
-def _corners(bbox, where):
-    """COCO's (x, y, width, height) as (left, top, right, bottom)."""
-    numbers = isinstance(bbox, list) and len(bbox) == 4 and all(type(v) in (int, float) for v in bbox)
-    if not numbers or not all(map(math.isfinite, bbox)) or min(bbox[2:]) < 0:
-        raise UserError(f"{where}: bbox {str(bbox)[:60]} is not [x, y, width, height]")
-    x, y, width, height = bbox
-    return x, y, x + width, y + height
+def _box_of(annotation, where):
+    """(left, top, right, bottom) of an object, which may be as narrow as a line."""
+    box = corners_of(annotation.get("bbox"), where)
+    if box[2] < box[0] or box[3] < box[1]:
+        raise UserError(f"{where}: bbox {str(annotation['bbox'])[:80]} has a negative width or height")
+    return box
 
 
 def _image_places(path, images):

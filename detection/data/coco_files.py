@@ -2,10 +2,10 @@
 
 import os
 
-from common.files import read_json
+from common.coco import LARGEST, corners_of, is_number, read_coco_file
 from common.images import existing_folders
 from common.runtime import UserError
-from detection.data.records import LARGEST, Annotations, clip, is_name, is_number, noting, record_of
+from detection.data.records import Annotations, clip, noting, record_of
 
 # The two boxes of no area in the published instances_train2017.json: their image ids and near corners.
 COCO_EMPTY = {200365: [296.65, 388.33], 550395: [9.98, 188.56]}
@@ -14,17 +14,12 @@ COCO_EMPTY = {200365: [296.65, 388.33], 550395: [9.98, 188.56]}
 def read_coco(path, images, findings):
     """The Annotations of one COCO file; its classes are in ascending category id. Else as
     annotations.read_annotations."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not all(
-            isinstance(content.get(key), list) and all(isinstance(entry, dict) for entry in content[key])
-            for key in ("images", "annotations", "categories")):
-        raise UserError(f"{path}: not a COCO annotation file; expected lists of images, annotations and categories")
-    categories = _coco_categories(content["categories"], path)
-    label_of = {category: label for label, category in enumerate(categories)}
+    content = read_coco_file(path)
+    label_of = {category: label for label, category in enumerate(content.categories)}
     beside = path.parent / "images"
     folder = beside if images is None and beside.is_dir() else existing_folders([images or path.parent])[0]
     sizes, places, objects = {}, {}, {}
-    for number, entry in enumerate(content["images"]):
+    for number, entry in enumerate(content.images):
         with noting(findings):
             image_id, size = _coco_image(entry, f"{path}: image {entry.get('id', f'number {number}')}")
             if sizes.setdefault(image_id, size) is not size:
@@ -33,25 +28,14 @@ def read_coco(path, images, findings):
             places[image_id] = _existing_image(folder, entry.get("file_name"), f"{path}: image {image_id}")
     if not sizes and not (findings and findings.errors):
         raise UserError(f"{path}: no images; expected a list of them")
-    for number, entry in enumerate(content["annotations"]):
+    for number, entry in enumerate(content.annotations):
         with noting(findings):
             where = f"{path}: annotation {entry.get('id', f'number {number}')}"
             found = _coco_object(entry, sizes, label_of, where, findings)
             if found:
                 objects[entry["image_id"]].append(found)
     records = [record_of(place, sizes[image_id], objects[image_id], image_id) for image_id, place in places.items()]
-    return Annotations(list(categories.values()), records, path)
-
-
-def _coco_categories(entries, path):
-    """{category id: name}, ascending."""
-    pairs = [(entry.get("id"), entry.get("name")) for entry in entries]
-    if not pairs or not all(type(number) is int and is_name(name) for number, name in pairs):
-        raise UserError(f"{path}: expected every category to have an id (whole number) and a name")
-    categories = dict(sorted(pairs))
-    if len(categories) < len(pairs) or len(set(categories.values())) < len(pairs):
-        raise UserError(f"{path}: two categories have the same id or the same name; expected different ones")
-    return categories
+    return Annotations(list(content.categories.values()), records, path)
 
 
 def _coco_image(entry, where):
@@ -81,13 +65,11 @@ def _coco_object(entry, sizes, label_of, where, findings):
         raise UserError(f"{where}: image_id {str(image_id)[:40]} is unknown; expected the id of one of `images`")
     if type(category) is not int or category not in label_of:
         raise UserError(f"{where}: category_id {str(category)[:40]} is unknown; expected the id of one of `categories`")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
-        raise UserError(f"{where}: bbox {str(bbox)[:80]}; expected [x, y, width, height], finite numbers")
+    corners = corners_of(bbox, where)
     area = entry.get("area")
     if area is not None and not (is_number(area) and area >= 0):
         raise UserError(f"{where}: area {str(area)[:40]}; expected a number of at least 0")
-    x, y, width, height = bbox
-    if height == 0 and COCO_EMPTY.get(image_id) == [x, y]:
+    if bbox[3] == 0 and COCO_EMPTY.get(image_id) == bbox[:2]:
         return None
-    box = clip((x, y, x + width, y + height), sizes[image_id], where, bbox, findings)
+    box = clip(corners, sizes[image_id], where, bbox, findings)
     return box, label_of[category], bool(entry.get("iscrowd")), area

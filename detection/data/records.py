@@ -9,8 +9,6 @@ import numpy as np
 
 from common.runtime import UserError
 
-LARGEST = 1e9  # a coordinate, size or area beyond it is no measure of an image
-
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -81,13 +79,3 @@ def clip(box, size, where, shown, findings):
     if findings and inside != box:
         findings.clipped.append(f"{where}: box {shown} reaches outside its image of {size[0]} x {size[1]} pixels")
     return inside
-
-
-def is_number(value):
-    """Whether a value out of a file is a number that may measure an image."""
-    return type(value) in (int, float) and -LARGEST < value < LARGEST  # false for NaN, too
-
-
-def is_name(value):
-    """Whether a value out of a file can be the name of a class."""
-    return isinstance(value, str) and value.strip() != "" and value.isprintable()

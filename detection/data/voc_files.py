@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 from xml.etree import ElementTree
 
+from common.coco import is_name, is_number
 from common.files import list_lines
 from common.images import IMAGE_SUFFIXES, existing_folders
 from common.runtime import UserError
-from detection.data.records import Annotations, clip, is_name, is_number, noting, record_of
+from detection.data.records import Annotations, clip, noting, record_of
 
 
 def read_image_set(path, images, findings):

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from common.dota import horizontal_box, read_label_file
 from common.runtime import UserError
 from dataset import class_counts, read_info, read_split
-from preparation.chips import MIN_EDGE, chip_box, read_label_file, square_box
+from preparation.chips import MIN_EDGE, chip_box, square_box
 from preparation.division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
 from prepare_dataset import main
 from recognition.published import DOTA, FGSC23
@@ -377,7 +378,8 @@ def test_square_boxes():
 
 def test_label_file_with_windows_line_ends_and_blank_lines(tmp_path):
     (tmp_path / "P.txt").write_bytes(b"\xef\xbb\xbfimagesource:x\r\ngsd:null\r\n\r\n1 2 3.5 2 3.5 4 1 4 ship 1\r\n")
-    (box, label, where), = read_label_file(tmp_path / "P.txt")
+    (found,) = read_label_file(tmp_path / "P.txt", DOTA["classes"])
+    box, label, where = horizontal_box(found.points), found.label, found.where
     assert box == (1, 2, 3.5, 4) and DOTA["classes"][label] == "ship" and where.endswith("P.txt:4")
 
 
@@ -426,7 +428,7 @@ def test_coco_crops_squares_in_category_order(tmp_path, capsys):
     ([], "not a COCO annotation file"),
     (coco([], annotations=[3]), "not a COCO annotation file"),
     (coco([(4, [0, 0, 5, 5])]), "annotation 100: image_id 5 or category_id 4"),
-    (coco([(3, [0, 0, -5, 5])]), r"annotation 100: bbox \[0, 0, -5, 5\] is not"),
+    (coco([(3, [0, 0, -5, 5])]), r"annotation 100: bbox \[0, 0, -5, 5\] has a negative"),
     (coco([(3, [0, 0, 5])]), "annotation 100: bbox"),
     (coco([(3, [0, 0, 5, 5])], [(3, "a"), (4, "a")]), "the same id or the same name"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5, "file_name": "two.jpg"}]), "image two.jpg is not beside"),

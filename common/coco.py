@@ -1,0 +1,54 @@
+"""COCO's annotation files: their structure, categories and boxes. Which images and objects are used is decided by who
+reads them: recognition's chips (`preparation/chips.py`) or a detector (`detection/data/coco_files.py`)."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.files import read_json
+from common.runtime import UserError
+
+LARGEST = 1e9  # a coordinate, size or area beyond it is no measure of an image
+
+
+class CocoFile(NamedTuple):
+    """images, annotations: the entries of the file, dicts. categories: {id: name} in ascending id."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    categories: dict[int, str]
+
+
+def read_coco_file(path: str | Path) -> CocoFile:
+    """The CocoFile in `path`. Raises UserError for another structure, and for categories without an id or a name of
+    their own."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(
+            isinstance(content.get(key), list) and all(isinstance(entry, dict) for entry in content[key])
+            for key in ("images", "annotations", "categories")):
+        raise UserError(f"{path}: not a COCO annotation file; expected lists of images, annotations and categories")
+    pairs = [(entry.get("id"), entry.get("name")) for entry in content["categories"]]
+    if not pairs or not all(type(number) is int and is_name(name) for number, name in pairs):
+        raise UserError(f"{path}: expected every category to have an id (whole number) and a name")
+    categories = dict(sorted(pairs))
+    if len(categories) < len(pairs) or len(set(categories.values())) < len(pairs):
+        raise UserError(f"{path}: two categories have the same id or the same name; expected different ones")
+    return CocoFile(content["images"], content["annotations"], categories)
+
+
+def corners_of(bbox: Any, where: str) -> tuple[float, float, float, float]:
+    """An annotation's (x, y, width, height) as (left, top, right, bottom). Raises UserError, naming the place `where`,
+    for anything but four finite numbers."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
+        raise UserError(f"{where}: bbox {str(bbox)[:80]}; expected [x, y, width, height], finite numbers")
+    x, y, width, height = bbox
+    return x, y, x + width, y + height
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number that may measure an image."""
+    return type(value) in (int, float) and -LARGEST < value < LARGEST  # false for NaN, too
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value from a file can be the name of a class."""
+    return isinstance(value, str) and value.strip() != "" and value.isprintable()

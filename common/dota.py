@@ -1,0 +1,79 @@
+"""DOTA's folders and label files. An object is its four points; who needs a horizontal box makes one of them."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.images import image_files
+from common.runtime import UserError
+
+IMAGE_FOLDERS = ("images", "images/images", "images/part*", "images/part*/images", "part*/images", "part*")
+LABEL_FOLDERS = ("labelTxt", "labelTxt-v1.0/labelTxt", "labelTxt-v1.0", "labelTxt/labelTxt")
+
+
+class DotaObject(NamedTuple):
+    """points: ((x, y), ...) of its four corners in pixels, in the order of the file. label: class id. difficult: as in
+    the file, False where it does not say. where: "file:line"."""
+
+    points: tuple[tuple[float, float], ...]
+    label: int
+    difficult: bool
+    where: str
+
+
+def find_dota_files(folder: Path) -> list[tuple[Path, Path]]:
+    """[(image, label file)] of a folder of DOTA as it is distributed, whole or in parts, by name. Raises UserError for
+    an image or label file without its counterpart, and an image that is there twice."""
+    images: dict[str, Path] = {}
+    for pattern in IMAGE_FOLDERS:
+        for place in sorted(folder.glob(pattern)):
+            for name in image_files(place) if place.is_dir() else ():
+                if images.setdefault(Path(name).stem, place / name) != place / name:
+                    raise UserError(f"{place / name}: also found as {images[Path(name).stem]}; expected one of them")
+    labels: dict[str, Path] = {}
+    for place in (folder / name for name in LABEL_FOLDERS):
+        labels = labels or {path.stem: path for path in place.glob("*.txt") if not path.name.startswith(".")}
+    if not images or not labels:
+        missing = "label files in labelTxt/" if images else "images in images/"
+        raise UserError(f"{folder}: no {missing}; expected a folder of DOTA v1.0 with images/ and labelTxt/, or the "
+                        "released lists anno/DOTA/DOTA_train.txt")
+    for stem in sorted(images.keys() ^ labels.keys()):
+        if stem in images:
+            raise UserError(f"{images[stem]}: no label file {stem}.txt in {next(iter(labels.values())).parent}")
+        raise UserError(f"{labels[stem]}: no image {stem}.png in {folder / 'images'}")
+    return [(images[stem], labels[stem]) for stem in sorted(images)]
+
+
+def read_label_file(path: str | Path, classes: Sequence[str]) -> list[DotaObject]:
+    """The objects of a DOTA label file. classes: their names in id order.
+
+    Lines are `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`, difficult optional. Header lines (`imagesource:...`,
+    `gsd:...`) and blank ones are skipped. Raises UserError naming any other line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    objects = []
+    for number, line in enumerate(lines, 1):
+        fields, where = line.split(), f"{path}:{number}"
+        if not fields or fields[0].partition(":")[0].lower() in ("imagesource", "gsd"):
+            continue
+        try:
+            values = [float(value) for value in fields[:8]]
+        except ValueError:
+            values = []
+        if len(fields) not in (9, 10) or len(values) != 8 or not all(map(math.isfinite, values)):
+            raise UserError(f"{where}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult', found {line[:80]!r}")
+        if fields[8] not in classes:
+            raise UserError(f"{where}: class {fields[8][:40]!r} is none of the {len(classes)} of DOTA v1.0; use the "
+                            "labels of v1.0 (labelTxt-v1.0), or remove the line")
+        points = tuple(zip(values[0::2], values[1::2], strict=True))
+        objects.append(DotaObject(points, list(classes).index(fields[8]), fields[9:] == ["1"], where))
+    return objects
+
+
+def horizontal_box(points: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the box around the points."""
+    xs, ys = zip(*points, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
