@@ -128,7 +128,8 @@ def train_step(run: Run, trained: torch.nn.Module, indices: list[int]) -> tuple[
     run.optimizer.param_groups[0]["lr"] = learning_rate(settings, run.epoch + 1, run.step, len(run.sampler))
     losses = step_losses(run, trained, network_input(images, flip), labels, groups,
                          dict(zip(targets, known, strict=True)))
-    terms = torch.stack([loss.mean() for loss in losses.values()])  # all weights are 1
+    weights = {name: 1.0 if name == loss_term(settings) else settings.distillation_weight for name in losses}
+    terms = torch.stack([weights[name] * loss.mean() for name, loss in losses.items()])
     run.optimizer.zero_grad(set_to_none=True)
     terms.sum().backward()
     run.optimizer.step()

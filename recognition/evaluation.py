@@ -26,19 +26,11 @@ from common.runtime import (
 )
 from dataset import DatasetInfo, ImageDataset, class_counts, network_input, read_info
 from recognition import report
-from recognition.inference import batch_size, logits_function
+from recognition.inference import Predictions, batch_size, logits_function
 from recognition.mistakes import draw_mistakes
 from recognition.settings import Settings
 from recognition.stage import Stage, check_classes, load_test_images, read_lists
 from resnet50 import ResNet50, load_network
-
-
-class Predictions(NamedTuple):
-    """The predictions of a network for N images, on the CPU. classes: (N,) int64, the most probable class of each.
-    probabilities: (N,) fp32, of that class, by softmax."""
-
-    classes: torch.Tensor
-    probabilities: torch.Tensor
 
 
 class Checkpoint(NamedTuple):

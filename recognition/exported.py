@@ -1,9 +1,9 @@
-"""What export.py writes, read back: an ONNX file or a torch.export program as a function from images to logits, and
-its description.
+"""Reading the files of export.py: an ONNX file or a torch.export program as a function from images to logits, and its
+description.
 
-To read a file must not run code, whoever sent it. An ONNX file holds none. `torch.export.load` does run what a
-program brings (pickles, compiled libraries, expressions that are evaluated), so torch is given a copy of those parts
-alone that a program of this project has, after a look at each."""
+Reading a file must not run code, whoever sent it. An ONNX file holds no code. `torch.export.load` runs code of the
+program (pickles, compiled libraries, evaluated expressions), so torch is given a copy that holds only the parts of a
+program of this project, each of them checked."""
 
 import importlib.util
 import io
@@ -12,7 +12,9 @@ import logging
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,14 +22,15 @@ from common.files import unpacked_size
 from common.runtime import UserError
 from resnet50 import is_description
 
+LogitsFunction = Callable[[torch.Tensor], torch.Tensor]  # images (B, 1, S, S) uint8 -> logits (B, classes) fp32
 SUFFIXES = (".onnx", ".pt2")
-METADATA = "description.json"  # a program's file of that name; the key of an ONNX file's metadata
+METADATA = "description.json"  # a file in a program; a key of an ONNX file's metadata
 
 
-def read_exported(path, suffix=None):
+def read_exported(path: str | Path, suffix: str | None = None) -> tuple[LogitsFunction, dict[str, Any]]:
     """(function from images (B, 1, S, S) uint8 to logits (B, classes) fp32, on the CPU; description) of a file.
 
-    suffix: which of SUFFIXES it is, where its name does not say so. Raises UserError for anything that export.py does
+    suffix: one of SUFFIXES, for a file whose name does not end in it. Raises UserError for a file that export.py does
     not write."""
     path = Path(path)
     if not path.is_file():
@@ -38,15 +41,15 @@ def read_exported(path, suffix=None):
         _check_that_it_works(logits_of, description)
     except UserError:
         raise
-    # Damage can surface as any exception at all, here or in the libraries.
+    # A damaged file can raise any exception, here or in the libraries.
     except Exception as error:
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path}: truncated, damaged, or not a file that export.py wrote ({reason})") from None
     return logits_of, description
 
 
-def _check_that_it_works(logits_of, description):
-    """Raise an exception unless two grey squares give two rows of logits, as long as there are class names."""
+def _check_that_it_works(logits_of: LogitsFunction, description: Any) -> None:
+    """Raise an exception unless two grey squares give two rows of as many logits as there are class names."""
     if not is_description(description):
         raise ValueError("its description is not one of this project")
     size, classes = description["preprocessing"]["image_size"], description["classes"]
@@ -54,14 +57,14 @@ def _check_that_it_works(logits_of, description):
         raise ValueError("its logits do not fit its class names")
 
 
-def require_packages(*names):
+def require_packages(*names: str) -> None:
     """Raise UserError for the first package that is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"the package {name} is not installed; pip install -r requirements-export.txt")
 
 
-def require_torch():
+def require_torch() -> None:
     """Raise UserError for a torch that cannot write a program without pickles in it."""
     if torch.__version__ < (2, 9):
         raise UserError(f"this is torch {torch.__version__}, and exported programs need torch 2.9 or later; "
@@ -71,7 +74,7 @@ def require_torch():
 # ---- ONNX ----------------------------------------------------------------------------------------------------------
 
 
-def _read_onnx(path):
+def _read_onnx(path: Path) -> tuple[LogitsFunction, Any]:
     require_packages("onnxruntime")
     import onnxruntime  # an optional package
 
@@ -89,21 +92,21 @@ def _read_onnx(path):
 
 # ---- torch.export --------------------------------------------------------------------------------------------------
 
-# The files of a program's archive: weights are plain bytes, the rest is JSON, but for the example inputs, a pickle.
+# The files of a program's archive: weights are plain bytes, the example inputs are a pickle, all others are JSON.
 RECORDS = re.compile(r"archive/(archive_format|archive_version|byteorder|\.data/(version|serialization_id)|"
                      r"models/model\.json|data/weights/(model_weights_config\.json|weight_\d+)|"
                      r"data/constants/model_constants_config\.json|data/sample_inputs/model\.pt)")
-# What a ResNet-50 is made of. Any other name would be looked up in the whole of torch, and called.
+# The operators of a ResNet-50. Any other name would be looked up in the whole of torch, and called.
 OPERATORS = {f"torch.ops.aten.{name}" for name in (
     "_assert_tensor_metadata.default", "to.dtype", "div_.Tensor", "sub_.Tensor", "conv2d.default", "relu_.default",
     "max_pool2d.default", "add_.Tensor", "adaptive_avg_pool2d.default", "flatten.using_ints", "linear.default")}
-# Some of a program's strings are evaluated as Python. All of ours are names and numbers, the symbol of the batch's
-# size, or JSON that says how the arguments are nested; none can call anything.
+# Some strings of a program are evaluated as Python. Those of this project are names and numbers, the symbol of the
+# batch's size, or JSON with the nesting of the arguments; none can call anything.
 STRINGS = re.compile(r"""[\w.+]*|Symbol\('s\d+'(, \w+=True)*\)|"""
                      r"""([][{}:, \d]|null|"(type|context|children_spec|null|\[]|builtins\.(tuple|dict))")+""")
 
 
-def _read_program(path):
+def _read_program(path: Path) -> tuple[LogitsFunction, Any]:
     require_torch()
     if unpacked_size(path) > path.stat().st_size:
         raise ValueError("it is compressed, and larger inside than outside")
@@ -121,7 +124,7 @@ def _read_program(path):
     copy.seek(0)
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback and then raises
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some releases warn of the buffers that they read themselves
+        warnings.simplefilter("ignore")  # some releases warn about buffers that they read themselves
         program = torch.export.load(copy).module()
 
     @torch.inference_mode()
@@ -131,9 +134,9 @@ def _read_program(path):
     return logits_of, description
 
 
-def _check_harmless(value):
-    """Raise ValueError for a part of a program's JSON that could make `torch.export.load`, or the program, run what
-    is no operator of a network."""
+def _check_harmless(value: Any) -> None:
+    """Raise ValueError for a part of a program's JSON that could make `torch.export.load`, or the program, run anything
+    but the operators of a network."""
     if isinstance(value, dict):
         if value.get("use_pickle"):
             raise ValueError("it holds a pickle")

@@ -1,10 +1,12 @@
 """The teachers' features of every training image, kept on disk: teachers are frozen and the only augmentation is a
-flip, so an image has two feature maps for each of its teachers, and no epoch needs to compute them again."""
+flip, so an image has two feature maps for each of its teachers, which are computed once and not in every epoch."""
 
 import hashlib
 import math
 import shutil
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,22 +18,22 @@ from common.runtime import UserError, autocast, max_over_processes, rank, say
 from dataset import network_input
 
 FORMAT = 1  # part of the cache's key: raise it when teachers or the layout of the file change
-CHUNK = 16  # images that pass through the teachers together
+CHUNK = 16  # images of a forward pass through the teachers
 
 
 class FeatureCache:
     """Layer3 features of all training images, plain and flipped, as one memory-mapped array of 16-bit numbers.
 
-    array: (images, 2, teachers, H/16, W/16, 1024). names: of the teachers, as `Stage.targets` gives them.
+    array: (images, 2, teachers, H/16, W/16, 1024). names: of the targets, as returned by `Stage.targets`.
     dtype: bfloat16 for training in bf16, which loses nothing; float16 for fp32, which keeps 11 bits."""
 
-    def __init__(self, file, names, dtype):
+    def __init__(self, file: Path, names: tuple[str, ...], dtype: torch.dtype):
         self.array = np.load(file, mmap_mode="r")
         self.names = names
         self.dtype = dtype
 
-    def read(self, indices, flip):
-        """{name: (B, 1024, H/16, W/16)} on the CPU, of images given by their place in the training data.
+    def read(self, indices: list[int], flip: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{name: (B, 1024, H/16, W/16)} on the CPU, of images given by their indices in the training data.
 
         indices: list of B. flip: (B,) bool tensor on the CPU."""
         features = torch.from_numpy(self.array[indices, flip.long().numpy()]).view(self.dtype)
@@ -39,10 +41,11 @@ class FeatureCache:
 
 
 def open_feature_cache(stage, settings, data, teachers, weights, device, precision):
-    """The FeatureCache of a stage, built if need be; None where `settings.feature_cache` (GB) is 0 or too small.
+    """The FeatureCache of a stage, built if it does not exist; None where `settings.feature_cache` (GB) is 0 or too
+    small.
 
-    teachers: {name: frozen network}. weights: {name: its file}. Raises UserError for features beyond the range of
-    16 bits, or a full disk."""
+    teachers: {name: frozen network}. weights: {name: file}. Raises UserError for features beyond the range of 16 bits,
+    or a full disk."""
     if not settings.feature_cache or not teachers:
         return None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -52,9 +55,9 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     needed = dtype.itemsize * math.prod(shape)
     folder = data.info.root / "cache"
     file = folder / f"features_{stage.name}_{cache_key(data, weights, dtype, settings)}.npy"
-    older = sum(other.stat().st_size for other in folder.glob(f"features_{stage.name}_*.npy"))  # makes way for it
+    older = sum(other.stat().st_size for other in folder.glob(f"features_{stage.name}_*.npy"))  # to be replaced
     room = min(settings.feature_cache * 1e9, shutil.disk_usage(folder).free + older)
-    # All processes decide alike, and before one of them begins to fill the disk.
+    # All processes make the same decision, before one of them begins to fill the disk.
     if max_over_processes(int(needed > room and not file.exists()), device):
         say(f"note: the teachers' features of {len(data.train)} images need {needed / 1e9:.3g} GB; --feature-cache and "
             f"the disk leave {room / 1e9:.3g}; the teachers run at every step instead")
@@ -68,7 +71,7 @@ def cache_key(data, weights, dtype, settings):
     """16 hexadecimal digits that change with the teachers and their batch norm, the images, their order and classes,
     and the precision."""
     digest = hashlib.sha256(f"{FORMAT} {dtype} {data.train.cache.key} {settings.teacher_batch_norm}".encode())
-    if settings.teacher_batch_norm == "recalibrated":  # on images that the seed draws
+    if settings.teacher_batch_norm == "recalibrated":  # on images that the seed chooses
         digest.update(str(settings.seed).encode())
     for path in weights.values():
         digest.update(sha256_of(path).encode())
@@ -79,7 +82,8 @@ def cache_key(data, weights, dtype, settings):
 
 @torch.inference_mode()
 def both_flips(stage, data, teachers, device, precision, indices):
-    """What the teachers make of training images: their names, and (B, 2, teachers, H/16, W/16, 1024)."""
+    """The features of training images, plain and flipped: the names of the targets, and
+    (B, 2, teachers, H/16, W/16, 1024)."""
     images, labels = data.train.__getitems__(indices)
     groups, flips = data.info.group_of_class()[labels], []
     for pixels in (images, images.flip(-1)):
@@ -89,8 +93,9 @@ def both_flips(stage, data, teachers, device, precision, indices):
     return tuple(targets), torch.stack(flips, dim=1)
 
 
-def build(file, shape, compute, dtype):
-    """Write the array of FeatureCache, whole or not at all. compute: `both_flips` of a list of indices."""
+def build(file: Path, shape: tuple[int, ...], compute: Callable[[list[int]], tuple[tuple[str, ...], torch.Tensor]],
+          dtype: torch.dtype) -> None:
+    """Write the array of FeatureCache, atomically. compute: `both_flips` of a list of indices."""
     chunks = [range(start, min(start + CHUNK, shape[0])) for start in range(0, shape[0], CHUNK)]
     with atomic_path(file) as temporary, open(temporary, "wb") as whole:
         np.lib.format.write_array_header_1_0(whole, {"descr": "<i2", "fortran_order": False, "shape": shape})

@@ -2,7 +2,6 @@
 images to logits, with the names of its classes."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,9 @@ from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device
 from common.weights import fold_batch_norm
 from dataset import describe, network_input, read_info
-from recognition.exported import SUFFIXES, read_exported
+from recognition.exported import SUFFIXES, LogitsFunction, read_exported
 from recognition.published import DOTA, FGSC23
 from resnet50 import ResNet50, load_state, read_weights
-
-LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
-
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
@@ -41,6 +37,14 @@ def logits_function(network: torch.nn.Module, device: torch.device, precision: s
         return folded(network_input(images.to(device)).to(dtype))[0].float()
 
     return logits_of
+
+
+class Predictions(NamedTuple):
+    """The predictions of a network for N images, on the CPU. classes: (N,) int64, the most probable class of each.
+    probabilities: (N,) fp32, of that class, by softmax."""
+
+    classes: torch.Tensor
+    probabilities: torch.Tensor
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

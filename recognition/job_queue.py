@@ -1,4 +1,5 @@
-"""Stages as programs, several at once: each starts when what it needs is finished, and fails alone."""
+"""Stages as programs, several at once: each starts when the stages that it needs are finished, and a failure stops only
+the stages that need it."""
 
 import contextlib
 import os
@@ -16,32 +17,33 @@ from tqdm import tqdm
 from common.files import read_json, read_json_lines
 from common.runtime import Stopped, StopSignals, UserError
 
-LOOK_EVERY = 0.2  # seconds between two looks at the running stages
-PATIENCE = 5.0  # seconds after Ctrl-C, which in a terminal reaches the stages too, before they are told
+POLL_EVERY = 0.2  # seconds between two checks of the running stages
+PATIENCE = 5.0  # seconds after Ctrl-C, which in a terminal reaches the stages too, before they are sent a signal
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage to run. folder: its --output. script: the module of a stage script. flags: all of them, --output too.
+    """A stage to run. folder: its --output. script: the module of a stage script. flags: all flags, --output included.
     needs: the folders of the jobs whose checkpoints it reads."""
 
     folder: Path
     script: ModuleType
-    flags: list
-    needs: tuple = ()
+    flags: list[str]
+    needs: tuple[Path, ...] = ()
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
     @property
-    def log(self):
+    def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 @dataclass(frozen=True)
 class Running:
-    """A job at work. log_start: where in its log the output of this process begins. bar: its line on a terminal."""
+    """A running job. log_start: position in its log at which the output of this process begins. bar: its line on a
+    terminal."""
 
     job: Job
     process: subprocess.Popen
@@ -50,13 +52,13 @@ class Running:
     bar: tqdm
 
 
-# ---- what each stage gets --------------------------------------------------------------------------------------------
+# ---- resources of the stages -----------------------------------------------------------------------------------------
 
 
-def slots(count, device):
-    """The environments of `count` stages at once, fewer where there are several GPUs but not so many: each GPU takes
-    one. The threads of the machine are shared out, unless OMP_NUM_THREADS says how many each stage has. A single stage
-    has everything.
+def slots(count: int, device: str) -> list[dict[str, str]]:
+    """The environments of `count` stages at once; of fewer stages where there are several GPUs but fewer than `count`,
+    as each GPU takes one stage. The machine's threads are divided among the stages, unless OMP_NUM_THREADS sets the
+    number of each. A single stage has the whole machine.
 
     device: the --device of the stages."""
     if count == 1:
@@ -64,15 +66,15 @@ def slots(count, device):
     shared = dict(os.environ)
     if "OMP_NUM_THREADS" not in os.environ:
         threads = str(max(1, torch.get_num_threads() // count))
-        shared.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)  # torch heeds MKL's number where that is set
+        shared.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)  # torch follows MKL's number where it is set
     gpus = visible_gpus() if device in ("auto", "cuda") else []
     if len(gpus) < 2:
         return [shared] * count
     return [{**shared, "CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
 
 
-def visible_gpus():
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES gives them."""
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [name.strip() for name in chosen.split(",")][:count] if chosen else [str(gpu) for gpu in range(count)]
@@ -81,12 +83,12 @@ def visible_gpus():
 # ---- the queue -------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs, environments, finished):
-    """Run the jobs, one in each of `environments` at a time, in their order as far as what they need is finished. What
-    a single environment runs is shown; several write each job's output into its log.
+def run_jobs(jobs: list[Job], environments: list[dict[str, str]], finished: set[Path]) -> None:
+    """Run the jobs, one in each of `environments` at a time, in their order, except that a job waits for those that it
+    needs. With a single environment the output of the jobs is shown; with several it goes into their logs.
 
-    finished: the folders of jobs that are not to run. Raises UserError naming what failed, after all that does not need
-    it has run; Stopped when a signal has come and every running stage has written its checkpoint."""
+    finished: the folders of jobs that are finished already. Raises UserError naming the failed jobs, after all jobs
+    that do not need them have run; Stopped after a signal, when every running stage has written its checkpoint."""
     queue = JobQueue(jobs, environments, finished)
     with StopSignals() as signals:
         queue.run(signals)
@@ -94,35 +96,36 @@ def run_jobs(jobs, environments, finished):
         raise Stopped(f"stopped, {len(queue.finished)} of {len(jobs)} stages are finished; the same command with "
                       "--resume goes on", signals.received)
     if queue.failed:
-        left = ", ".join(job.name for job in queue.waiting)
-        raise UserError("; ".join(queue.failed) + (f"; not started for that: {left}" if left else "")
-                        + "; once that is mended, go on with --resume")
+        message = "; ".join(queue.failed)
+        if queue.waiting:
+            message += f"; not started because of it: {', '.join(job.name for job in queue.waiting)}"
+        raise UserError(f"{message}; once that is fixed, go on with --resume")
 
 
 class JobQueue:
-    """The jobs that wait, run, are finished and have failed."""
+    """The jobs, by their states: waiting, running, finished, failed."""
 
-    def __init__(self, jobs, environments, finished):
+    def __init__(self, jobs: list[Job], environments: list[dict[str, str]], finished: set[Path]):
         self.environments = environments
         self.waiting = [job for job in jobs if job.folder not in finished]
-        self.running = {}  # {number of its environment: Running}
+        self.running: dict[int, Running] = {}  # by the number of the environment
         self.finished = set(finished)  # folders
-        self.failed = []  # in words
-        self.logged = len(environments) > 1  # whether the stages write into logs, or here
-        self.stopped_at = None  # when a signal was first seen
-        self.told = False  # whether the stages have been sent one
+        self.failed: list[str] = []  # messages
+        self.logged = len(environments) > 1  # whether the output of the stages goes into logs
+        self.stopped_at: float | None = None  # time at which a signal was first seen
+        self.signalled = False  # whether the stages have been sent a signal
 
-    def run(self, signals):
+    def run(self, signals: StopSignals) -> None:
         """Start and collect jobs until nothing can be started, or a signal has come and all have ended."""
         try:
             while True:
                 if signals.received:
                     self.stop(signals.received)
                 else:
-                    self.start_what_is_ready()
+                    self.start_ready_jobs()
                 if not self.running:
                     return
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_EVERY)
                 self.collect(signals)
         except BaseException as error:
             second_interrupt = isinstance(error, KeyboardInterrupt)
@@ -134,30 +137,31 @@ class JobQueue:
                 running.process.wait()
                 running.bar.close()
 
-    def stop(self, number):
-        """Tell the running jobs once of signal `number`. They answer it by their checkpoint, and end."""
+    def stop(self, number: int) -> None:
+        """Pass signal `number` on to the running jobs, once. They write their checkpoints and end."""
         if not self.stopped_at:
             self.stopped_at = time.monotonic()
             if self.logged and self.running:
                 say_above("stopping: waiting for the checkpoints of " + ", ".join(
                     running.job.name for running in self.running.values()))
         late = time.monotonic() - self.stopped_at > PATIENCE
-        if not self.told and (late or number != signal.SIGINT):
-            self.told = True
+        if not self.signalled and (late or number != signal.SIGINT):
+            self.signalled = True
             for running in self.running.values():
                 running.process.terminate()
 
-    def start_what_is_ready(self):
-        """Start waiting jobs, the first that can start first, as long as an environment is free."""
+    def start_ready_jobs(self) -> None:
+        """Start waiting jobs that have what they need, in order, as long as an environment is free."""
         for slot in range(len(self.environments)):
-            ready = (job for job in self.waiting if self.finished.issuperset(job.needs))
-            job = next(ready, None) if slot not in self.running else None
+            if slot in self.running:
+                continue
+            job = next((job for job in self.waiting if self.finished.issuperset(job.needs)), None)
             if job:
                 self.running[slot] = self.start(job, slot)
                 self.waiting.remove(job)
 
-    def start(self, job, slot):
-        """Start one job. Returns it as Running."""
+    def start(self, job: Job, slot: int) -> Running:
+        """Start one job."""
         command, log_start = [sys.executable, job.script.__file__, *job.flags], 0
         if self.logged:
             say_above(f"{job.name}: started, output in {job.log}")
@@ -172,8 +176,8 @@ class JobQueue:
                    bar_format="{desc}")
         return Running(job, process, time.monotonic(), log_start, bar)
 
-    def collect(self, signals):
-        """Take the jobs that have ended off the running ones, and show how far the others are."""
+    def collect(self, signals: StopSignals) -> None:
+        """Remove the jobs that have ended from the running ones, and show the progress of the others."""
         for slot, running in list(self.running.items()):
             status, job = running.process.poll(), running.job
             if status is None:
@@ -194,21 +198,21 @@ class JobQueue:
                 say_above(f"{job.name}: {message}; {len(self.waiting) + len(self.running)} left")
 
 
-# ---- what is told ----------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def say_above(text):
+def say_above(text: str) -> None:
     """Print above the lines of the running jobs."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
-def show_progress(running):
-    """Bring a job's line on the terminal to its last finished epoch."""
+def show_progress(running: Running) -> None:
+    """Update a job's line on the terminal to its last finished epoch."""
     bar, folder = running.bar, running.job.folder
     if bar.disable:
         return
-    # Files that are not there yet, or not whole, are no reason to stop what runs.
+    # Files that are still missing or incomplete must not stop the running jobs.
     with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
         log = read_json_lines(folder / "log.jsonl")
         if len(log) != bar.n:
@@ -218,15 +222,15 @@ def show_progress(running):
             bar.set_description_str(f"{running.job.name}: epoch {bar.n} of {epochs}{accuracy}")
 
 
-def accuracy_of(job):
-    """The overall accuracy that a finished job found, in per cent, for the eye."""
+def accuracy_of(job: Job) -> str:
+    """The overall accuracy of a finished job in per cent, for display."""
     with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
         return f"{100 * read_json(job.folder / 'results.json')['overall']:.1f}"
     return "unknown"
 
 
-def failure(running, status, logged):
-    """In words, how a job failed. logged: whether its output is in its log."""
+def failure(running: Running, status: int, logged: bool) -> str:
+    """A message on the failure of a job. logged: whether its output is in its log."""
     job = running.job
     if not logged:
         return f"{job.name} ended with status {status}"

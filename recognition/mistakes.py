@@ -1,21 +1,26 @@
-"""The mistakes that a network was surest of, as a picture: what it confuses, and which labels may be wrong."""
+"""A picture of the most confident mistakes of a network: confused classes, and labels that may be wrong."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.charts import as_label, new_figure, save_figure
-from dataset import GROUPS
+from dataset import GROUPS, DatasetInfo, ImageDataset
+from recognition.inference import Predictions
 from recognition.report import GROUP_COLOURS
 
 COLUMNS = 10  # images of a group at most
 CELL_WIDTH, CELL_HEIGHT = 1.2, 1.63  # inches of an image with its captions
 
 
-def surest_mistakes(labels, predictions, group_of_class, count=COLUMNS):
-    """{group: indices of its misclassified images}, at most `count`, those with the most probability on the wrong class
-    first, of equal ones the earlier. A group without mistakes is left out.
+def most_confident_mistakes(labels: torch.Tensor, predictions: Predictions, group_of_class: torch.Tensor,
+                            count: int = COLUMNS) -> dict[str, list[int]]:
+    """{group: indices of its misclassified images}, at most `count`, in descending order of the probability of the
+    wrong class, equal ones in the order of the images. A group without mistakes is left out.
 
-    labels: (N,) int64, the true classes; an image belongs to the group of its true class. predictions: the Predictions
-    of the N images. group_of_class: (classes,) int64, as DatasetInfo gives it."""
+    labels: (N,) int64, the true classes, whose groups are the images'. predictions: the Predictions of the N images.
+    group_of_class: (classes,) int64, of DatasetInfo."""
     wrong = (predictions.classes != labels).nonzero().flatten()
     wrong = wrong[predictions.probabilities[wrong].argsort(descending=True, stable=True)]
     groups = group_of_class[labels[wrong]]
@@ -23,12 +28,12 @@ def surest_mistakes(labels, predictions, group_of_class, count=COLUMNS):
     return {group: indices for group, indices in chosen.items() if indices}
 
 
-def draw_mistakes(dataset, predictions, info, title, path):
-    """The surest mistakes as a PNG, a row a group; without any the picture says so.
+def draw_mistakes(dataset: ImageDataset, predictions: Predictions, info: DatasetInfo, title: str, path: Path) -> None:
+    """The most confident mistakes as a PNG, a row a group; without mistakes the picture says so.
 
     dataset: the ImageDataset of the Predictions, with the classes and groups of `info`, a DatasetInfo."""
     labels, group_of_class = torch.from_numpy(dataset.labels), info.group_of_class()
-    chosen = surest_mistakes(labels, predictions, group_of_class)
+    chosen = most_confident_mistakes(labels, predictions, group_of_class)
     wrong = predictions.classes != labels
     figure = new_figure(COLUMNS * CELL_WIDTH + 1, len(chosen) * CELL_HEIGHT + 0.6)
     header = f"{as_label(title, 80)}: {int(wrong.sum())} of {len(labels)} test images misclassified"
@@ -44,8 +49,9 @@ def draw_mistakes(dataset, predictions, info, title, path):
     save_figure(figure, path)
 
 
-def draw_row(cells, dataset, indices, predictions, classes, colour):
-    """Images with their captions in the axes `cells`, of which there may be more than images. classes: the names."""
+def draw_row(cells: Any, dataset: ImageDataset, indices: list[int], predictions: Predictions, classes: list[str],
+             colour: str) -> None:
+    """Draw images with captions into the first of the axes `cells`. classes: names in id order."""
     images, labels = dataset.__getitems__(indices)  # (n, 1, H, W) uint8, (n,)
     for cell in cells[len(indices):]:
         cell.axis("off")

@@ -1,5 +1,5 @@
-"""What the paper's data sets are: classes in id order, group sets, image counts, and the accuracies that the authors
-published for their released weights. Facts only; T2FTS, IEEE TGRS 2022, doi 10.1109/TGRS.2022.3177853."""
+"""Published facts on the data sets of T2FTS (IEEE TGRS 2022, doi 10.1109/TGRS.2022.3177853): classes in id order,
+groups, numbers of images."""
 
 FGSC23 = {
     "name": "FGSC-23",

@@ -45,6 +45,7 @@ class Settings:
                                            "training images is subtracted from its logit; 0 for none")
     distillation: bool = setting(True, "imitate the teachers; --no-distillation trains with the classification "
                                        "loss alone")
+    distillation_weight: float = setting(1.0, "weight of each imitation loss, beside 1 of the classification loss")
     calibration_momentum: float = setting(0.0, "self-calibrated sampling: 0 weights the classes by the last batch "
                                                "alone (the paper); above 0, by a running loss of each class")
     teacher_batch_norm: str = setting(
@@ -82,7 +83,7 @@ def unused_settings(stage) -> set[str]:
     not teach it, and the settings of distillation and of self-calibrated sampling without the teachers for them."""
     unused = {"t1", "t2", "t3"} - set(stage.teachers)
     if not stage.teachers:
-        unused |= {"distillation", "teacher_batch_norm", "feature_cache"}
+        unused |= {"distillation", "distillation_weight", "teacher_batch_norm", "feature_cache"}
     if len(stage.teachers) < len(GROUPS):
         unused.add("calibration_momentum")
     return unused
@@ -112,8 +113,8 @@ def check_ranges(settings: Settings) -> None:
     """Raise UserError for the first setting that is out of its range."""
     for name, low, high in (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("image_size", 32, 4096), ("lr", 1e-12, 1e3),
                             ("momentum", 0, 1), ("weight_decay", 0, 1e3), ("logit_adjustment", 0, 100),
-                            ("calibration_momentum", 0, 0.9999), ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9),
-                            ("min_steps", 0, 1e9)):
+                            ("distillation_weight", 0, 1e3), ("calibration_momentum", 0, 0.9999),
+                            ("feature_cache", 0, 1e6), ("save_steps", 0, 1e9), ("min_steps", 0, 1e9)):
         check_range(settings, name, low, high)
 
 
