@@ -26,8 +26,8 @@ from common.images import decode_squares, find_images
 from common.runtime import UserError, run_script
 from common.weights import fold_batch_norm
 from dataset import network_input
-from recognition.exported import METADATA, read_exported, require_packages, require_torch
-from recognition.inference import LogitsFunction, load_classifier
+from recognition.exported import METADATA, LogitsFunction, read_exported, require_packages, require_torch
+from recognition.inference import load_classifier
 from resnet50 import ResNet50
 
 LIMIT = 1e-4  # largest difference between file and network, as a part of the largest logit; rounding makes 1e-6

@@ -154,5 +154,5 @@ def test_a_run_begun_with_kept_features_does_not_go_on_without(own_tiny, teacher
     with monkeypatch.context() as full:
         full.setattr(feature_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
         assert run_main(baseline_cl_s_weight, *flags, "--resume") == 2
-    assert "it was begun with the teachers' features kept on disk and they are not now" in capsys.readouterr().err
+    assert "the run was begun with the teachers' features kept on disk and they are not now" in capsys.readouterr().err
     assert run_main(baseline_cl_s_weight, *flags, "--resume") == 0

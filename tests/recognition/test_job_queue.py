@@ -84,15 +84,15 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(make, capfd):
         run_jobs(jobs, two(), set())
     assert str(error.value) == (
         f"seed0/t1 ended with status 1 ({fails.log}: t1 has no images); seed0/broken ended with status 1 "
-        f"({jobs[5].log}: KeyError: 5); not started for that: seed0/t2, seed0/student; once that is mended, go on with "
-        "--resume")
+        f"({jobs[5].log}: KeyError: 5); not started because of it: seed0/t2, seed0/student; once that is "
+        "fixed, go on with --resume")
     assert jobs[4].folder.exists() and not jobs[2].folder.exists()
     assert fails.log.read_text().startswith("error: of an earlier run\nof no interest\n")
     assert "seed0/t1: FAILED after 0.0 minutes; " in capfd.readouterr().out
 
 
 def test_without_a_log_the_failure_is_named_all_the_same(make):
-    with pytest.raises(UserError, match="^seed0/t1 ended with status 3; not started for that: seed0/t2; once"):
+    with pytest.raises(UserError, match="^seed0/t1 ended with status 3; not started because of it: seed0/t2; once"):
         run_jobs([make("t1", (), "sys.exit(3)"), make("t2", ("t1",))], [dict(os.environ)], set())
 
 

@@ -1,4 +1,4 @@
-"""The picture of the surest mistakes: which images are chosen, and that any names and groups can be drawn."""
+"""The picture of the most confident mistakes: which images are chosen, and that any names and groups can be drawn."""
 
 import numpy as np
 import pytest
@@ -9,40 +9,40 @@ from PIL import Image
 
 from dataset import GROUPS, DatasetInfo
 from recognition.evaluation import Predictions
-from recognition.mistakes import draw_mistakes, surest_mistakes
+from recognition.mistakes import draw_mistakes, most_confident_mistakes
 from tests.support import ODD_NAMES
 
 GROUP_OF_CLASS = torch.tensor([0, 1, 2, 0])  # head, middle, tail, head
 
 
 def chosen_slowly(labels, classes, probabilities, count):
-    """By a loop that takes the surest image that is left."""
+    """By a loop that takes the most confident of the remaining images."""
     rows = {}
     for number, group in enumerate(GROUPS):
         left = [i for i in range(len(labels)) if classes[i] != labels[i] and GROUP_OF_CLASS[labels[i]] == number]
         while left and len(rows.get(group, [])) < count:
-            surest = left[0]
+            best = left[0]
             for i in left:
-                if probabilities[i] > probabilities[surest]:
-                    surest = i
-            left.remove(surest)
-            rows.setdefault(group, []).append(surest)
+                if probabilities[i] > probabilities[best]:
+                    best = i
+            left.remove(best)
+            rows.setdefault(group, []).append(best)
     return rows
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([0.25, 0.5, 0.75, 1.0]))),
        st.integers(1, 4))
-def test_the_surest_are_chosen_by_group_and_the_first_of_equals(images, count):
+def test_the_most_confident_are_chosen_by_group_and_the_first_of_equals(images, count):
     labels, classes, probabilities = zip(*images, strict=True) if images else ((), (), ())
     predictions = Predictions(torch.tensor(classes, dtype=torch.int64), torch.tensor(probabilities))
-    found = surest_mistakes(torch.tensor(labels, dtype=torch.int64), predictions, GROUP_OF_CLASS, count)
+    found = most_confident_mistakes(torch.tensor(labels, dtype=torch.int64), predictions, GROUP_OF_CLASS, count)
     expected = chosen_slowly(labels, classes, probabilities, count)
     assert found == expected and list(found) == list(expected)
 
 
 def test_without_mistakes_none_are_chosen():
     labels = torch.tensor([0, 1, 2, 3])
-    assert surest_mistakes(labels, Predictions(labels, torch.ones(4)), GROUP_OF_CLASS) == {}
+    assert most_confident_mistakes(labels, Predictions(labels, torch.ones(4)), GROUP_OF_CLASS) == {}
 
 
 class Images:

@@ -105,10 +105,10 @@ def test_adjusted_logits_are_those_of_the_network_that_is_tested_and_kept():
     run = SimpleNamespace(settings=Settings(logit_adjustment=1.0), network=network, class_counts=counts)
     images = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
-        found, trained = Run.answering_network(run)(images)[0], network(images)[0]
+        found, trained = Run.published_network(run)(images)[0], network(images)[0]
     assert torch.allclose(found, trained - (counts / 100).log(), atol=1e-5)
     run.settings = Settings()
-    assert Run.answering_network(run) is network
+    assert Run.published_network(run) is network
 
 
 def test_results_have_what_the_reader_is_promised(pipeline, tiny):
