@@ -2,44 +2,46 @@
 
 A data set is a folder with `dataset.json` (names, groups, where the images lie) and the lists `train.txt`, `test.txt`
 and optionally `val.txt` (lines `relative/path label`). `prepare_dataset.py` makes it; this module reads and writes
-it."""
+its files."""
 
 import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from common.files import atomic_path, list_lines, read_json, write_json
+from common.image_cache import ImageCache
 from common.runtime import UserError
 
 GROUPS = ("head", "middle", "tail")
 SPLITS = ("train", "val", "test")
-LONGEST_PATH = 4096  # characters; no system opens longer ones, and to look for one takes long
+LONGEST_PATH = 4096  # characters; no system opens longer ones, and looking for one takes long
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` says.
+    """The content of `dataset.json`.
 
     root: the folder of the lists. images: the folder that the lists' paths are relative to. classes: names in id order.
-    groups: {"head": [ids], "middle": [ids], "tail": [ids]}, together every class once. group_rule: in words, how the
-    groups were made."""
+    groups: {"head": [ids], "middle": [ids], "tail": [ids]}, together every class once. group_rule: human-readable,
+    how the groups were made."""
 
     root: Path
     name: str
-    classes: list
-    groups: dict
+    classes: list[str]
+    groups: dict[str, list[int]]
     group_rule: str
     images: Path
 
-    def group_of_class(self):
+    def group_of_class(self) -> torch.Tensor:
         """(classes,) int64 tensor: 0 head, 1 middle, 2 tail."""
         group_of_class = torch.empty(len(self.classes), dtype=torch.int64)
         for number, group in enumerate(GROUPS):
@@ -48,7 +50,7 @@ class DatasetInfo:
 
 
 class Sample(NamedTuple):
-    """One line of a list. `where` is "file:line", for messages."""
+    """One line of a list. where: "file:line", for messages."""
 
     path: str
     label: int
@@ -58,8 +60,8 @@ class Sample(NamedTuple):
 # ---- the format on disk ----------------------------------------------------------------------------------------------
 
 
-def read_info(root):
-    """Read and check ROOT/dataset.json. Raises UserError naming what is wrong in it."""
+def read_info(root: str | Path) -> DatasetInfo:
+    """Read and check ROOT/dataset.json. Raises UserError naming the first error in it."""
     root = Path(root)
     path = root / "dataset.json"
     if not os.path.isfile(path):
@@ -86,12 +88,13 @@ def read_info(root):
     return DatasetInfo(root, content["name"], classes, groups, content["group_rule"], images)
 
 
-def write_dataset(info, lists, made_by=None):
+def write_dataset(info: DatasetInfo, lists: dict[str, list[tuple[str, int]]],
+                  made_by: dict[str, Any] | None = None) -> None:
     """Write dataset.json and one list a split into `info.root`; dataset.json comes last, so that an interrupted
     preparation leaves no data set.
 
     lists: {"train": [(relative path, label), ...], "val": ..., "test": ...}; an absent or empty split gets no list.
-    made_by: plain values that say how it was made, kept for the reader."""
+    made_by: plain values on how it was made, for readers of the file."""
     for split in SPLITS:
         path = info.root / f"{split}.txt"
         if lists.get(split):
@@ -106,7 +109,7 @@ def write_dataset(info, lists, made_by=None):
     })
 
 
-def read_list(path, num_classes):
+def read_list(path: str | Path, num_classes: int) -> list[Sample]:
     """Parse a list file into [Sample]. The last space of a line separates path and label, so paths may hold spaces; a
     final line without newline is a line like any other; blank lines are skipped.
 
@@ -115,7 +118,7 @@ def read_list(path, num_classes):
     return [parse_line(line, f"{path}:{number}", num_classes) for number, line in list_lines(path)]
 
 
-def parse_line(line, where, num_classes):
+def parse_line(line: str, where: str, num_classes: int) -> Sample:
     """One line of a list as a Sample. where: "file:line". Raises UserError as `read_list` does."""
     image, label = (line.rsplit(maxsplit=1) + [""])[:2]
     if not label:
@@ -133,7 +136,7 @@ def parse_line(line, where, num_classes):
     return Sample(image, int(label), where)
 
 
-def read_split(info, split):
+def read_split(info: DatasetInfo, split: str) -> list[Sample]:
     """The samples of one split. `val` is empty where the data set has no val.txt."""
     path = info.root / f"{split}.txt"
     if split == "val" and not path.exists():
@@ -141,8 +144,8 @@ def read_split(info, split):
     return read_list(path, len(info.classes))
 
 
-def class_counts(labels, num_classes):
-    """(num_classes,) int64 array: how many of `labels` fall on each class."""
+def class_counts(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
+    """(num_classes,) int64 array: the number of `labels` of each class."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes)
 
 
@@ -155,7 +158,7 @@ class ImageDataset(Dataset):
     cache: the ImageCache that holds them. samples: [Sample]. Item i is an (1, size, size) uint8 tensor and its label;
     `__getitems__` gives a whole batch, (B, 1, size, size) uint8 and (B,) int64, in one indexing operation."""
 
-    def __init__(self, cache, samples):
+    def __init__(self, cache: ImageCache, samples: list[Sample]):
         self.cache = cache
         self.samples = samples
         self.labels = np.array([sample.label for sample in samples], dtype=np.int64)
@@ -173,22 +176,22 @@ class ImageDataset(Dataset):
         return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(self.labels[indices])
 
 
-def network_input(images, flip=None):
+def network_input(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
     """(B, 1, H, W) uint8 -> float32 in [-1, 1] (scale to [0, 1], then mean .5, deviation .5), on the images' device.
 
-    flip: (B,) bool, which images to mirror left to right; None for none."""
+    flip: (B,) bool, the images to mirror left to right; None for no image."""
     if flip is not None:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     return images.float().div_(127.5).sub_(1)
 
 
-def describe(info):
-    """The data set's part of a checkpoint: plain values that a later script compares with its own data set."""
+def describe(info: DatasetInfo) -> dict[str, Any]:
+    """The data set's part of a checkpoint's metadata: plain values that a later script compares with its data set."""
     return {"dataset": info.name, "classes": info.classes, "groups": info.groups}
 
 
-def fingerprint(info, splits):
-    """16 hexadecimal digits that change with the classes, the groups, and what the lists hold.
+def fingerprint(info: DatasetInfo, splits: dict[str, list[Sample]]) -> str:
+    """16 hexadecimal digits that change with the classes, the groups, and the content of the lists.
 
     splits: {split: [Sample]}."""
     lists = {split: [(sample.path, sample.label) for sample in samples] for split, samples in splits.items()}

@@ -1,4 +1,4 @@
-"""Make a data set (dataset.json, train.txt, val.txt, test.txt) out of images on disk, or check one.
+"""Make a data set (dataset.json, train.txt, val.txt, test.txt) of images on disk, or check one.
 
     python prepare_dataset.py fgsc23 FGSC-23/ data/FGSC-23             # released lists, or train/<id>/ and test/<id>/
     python prepare_dataset.py fgsc23 T2FTS/ images/ data/FGSC-23       # lists and images distributed apart
@@ -7,13 +7,15 @@
     python prepare_dataset.py folders UCMerced/ data/ucm --imbalance 20
     python prepare_dataset.py check data/DOTA
 
-Images that lie one file an object are not copied: the data set points at them. DOTA and COCO objects are cut out as
-grey PNGs into DESTINATION/images/."""
+Images with one file an object are not copied: the data set refers to them. Objects of DOTA and COCO are cut out as grey
+PNGs into DESTINATION/images/."""
 
 import argparse
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,48 +24,50 @@ from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, write_dataset
 from preparation.check import check_dataset, print_table
 from preparation.chips import cut_chips, read_coco, read_dota
 from preparation.division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
-from preparation.sources import published_deviations, read_fgsc23, read_folders
+from preparation.sources import Source, published_deviations, read_fgsc23, read_folders
 from recognition.report import draw_class_counts
 
+Samples = list[tuple[Any, int]]  # (image or Chip, label)
+
 # Edit here, or give the flag of the same name.
-IMBALANCE = None  # cut train to an exponential long tail: its largest class this many times its smallest
+IMBALANCE = None  # cut train to an exponential long tail whose largest class has this many times the smallest
 MAX_PER_CLASS = None  # training images a class at most
-VAL_FRACTION = 0.1  # of each training class, held out to choose the best epoch on
-TEST_FRACTION = 0.2  # of each class, where the source has no test part
-HEAD_MIN = None  # training images that make a class head; None: the published groups, else thirds by rank
+VAL_FRACTION = 0.1  # part of each training class that is held out to choose the best epoch on
+TEST_FRACTION = 0.2  # part of each class for the test part, where the source has none
+HEAD_MIN = None  # training images from which a class is head; None: the published groups, else thirds by rank
 TAIL_MAX = None  # training images up to which a class is tail
 MARGIN = 0.1  # dota, coco: a chip's edges are this much longer than those of its object's box
 SEED = 0
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("kind", choices=("fgsc23", "dota", "coco", "folders", "check"), help="what the sources are, or `check`")
+    add("kind", choices=("fgsc23", "dota", "coco", "folders", "check"), help="kind of the sources, or `check`")
     add("paths", nargs="+", type=Path, metavar="SOURCE... DESTINATION",
-        help="where the images and annotations lie, and the folder to make; for `check` the data set alone")
+        help="sources of images and annotations, and the folder to make; for `check` the data set")
     add("--imbalance", type=float, default=IMBALANCE, metavar="F", help="cut the train classes, ranked by count, to an "
         "exponential profile whose largest class is F times its smallest")
     add("--max-per-class", type=int, default=MAX_PER_CLASS, metavar="N", help="train images a class at most")
     add("--val-fraction", type=float, default=VAL_FRACTION, metavar="F", help="part of each train class that is held "
         "out for validation, at least one image and never all; 0 for none (default %(default)s)")
-    add("--test-fraction", type=float, metavar="F", help="part of each class that becomes the test part, where the "
-        f"source has none (default {TEST_FRACTION})")
+    add("--test-fraction", type=float, metavar="F", help="part of each class for the test part, where the source "
+        f"has none (default {TEST_FRACTION})")
     add("--head-min", type=int, default=HEAD_MIN, metavar="N", help="head classes have N training images or more "
         "(with --tail-max)")
     add("--tail-max", type=int, default=TAIL_MAX, metavar="N", help="tail classes have N training images or fewer "
         "(with --head-min)")
     add("--margin", type=float, metavar="F", help="dota, coco: a chip's edges are 1 + F times those of the object's "
         f"box, half of it on each side (default {MARGIN})")
-    add("--images", type=Path, metavar="DIR", help="coco: where the images lie, if not beside the JSON file")
-    add("--processes", type=int, metavar="N", help="how many processes decode; default one a core. Each holds one "
+    add("--images", type=Path, metavar="DIR", help="coco: folder of the images, if they are not beside the JSON file")
+    add("--processes", type=int, metavar="N", help="number of decoding processes (default: one a core). Each holds one "
         "whole image in memory: up to 1.6 GB for the largest of DOTA")
-    add("--seed", type=int, default=SEED, metavar="N", help="of every random choice (default %(default)s)")
+    add("--seed", type=int, default=SEED, metavar="N", help="seed of all random choices (default %(default)s)")
     return parser.parse_intermixed_args(argv)
 
 
-def check_arguments(args):
-    """Raise UserError for a value out of its range, or a flag that says nothing about this kind."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for a value out of its range, or a flag that this kind does not use."""
     if len(args.paths) < 2 and args.kind != "check":
         raise UserError(f"{args.kind}: expected SOURCE... DESTINATION, found only {args.paths[0]}")
     if len(args.paths) > {"check": 1, "folders": 2}.get(args.kind, len(args.paths)):
@@ -89,8 +93,8 @@ def check_arguments(args):
         raise UserError(f"--images: only for coco, not for {args.kind}")
 
 
-def check_destination(destination):
-    """Raise UserError where `destination` holds anything that this script would write."""
+def check_destination(destination: Path) -> None:
+    """Raise UserError where `destination` holds a file that this script would write."""
     if destination.exists() and not destination.is_dir():
         raise UserError(f"{destination}: is a file; expected a folder to make")
     for name in ("dataset.json", *(f"{split}.txt" for split in SPLITS)):
@@ -98,8 +102,8 @@ def check_destination(destination):
             raise UserError(f"{destination}: holds a {name} already; remove it or give another destination")
 
 
-def read_source(args):
-    """The `sources.Source` of any kind."""
+def read_source(args: argparse.Namespace) -> Source:
+    """The Source that the arguments name, of any kind."""
     *paths, _ = args.paths
     margin = MARGIN if args.margin is None else args.margin
     try:
@@ -114,18 +118,19 @@ def read_source(args):
         raise UserError(f"{error.filename or paths[0]}: could not be read ({error.strerror or error})") from None
 
 
-def hold_out(samples, fraction, num_classes, generator):
-    """Divide [(item, label)] by class: (those kept, those held out), both in their old order."""
+def hold_out(samples: Samples, fraction: float, num_classes: int,
+             generator: np.random.Generator) -> tuple[Samples, Samples]:
+    """Divide [(item, label)] by class into (kept, held out), both in the order of `samples`."""
     labels = [label for _, label in samples]
     held = set(choose(labels, held_out_counts(class_counts(labels, num_classes), fraction), generator).tolist())
     return ([sample for i, sample in enumerate(samples) if i not in held],
             [sample for i, sample in enumerate(samples) if i in held])
 
 
-def divide(source, args):
+def divide(source: Source, args: argparse.Namespace) -> tuple[dict[str, Samples], np.ndarray, list[str]]:
     """{"train": ..., "val": ..., "test": ...} of [(item, label)], the long-tailed train counts, and notes."""
     notes, train, test, classes = list(source.notes), source.train, source.test, len(source.classes)
-    # A generator for each choice: another --imbalance leaves the test part as it is.
+    # One generator for each choice: another --imbalance does not change the test part.
     generators = [np.random.default_rng([args.seed, purpose]) for purpose in range(3)]
     if test is None:
         train, test = hold_out(train, args.test_fraction or TEST_FRACTION, classes, generators[0])
@@ -148,8 +153,8 @@ def divide(source, args):
     return {"train": kept, "val": val, "test": test}, counts, notes
 
 
-def make_groups(source, counts, args):
-    """({"head": ids, "middle": ids, "tail": ids}, the rule in words), by training counts before val is held out."""
+def make_groups(source: Source, counts: np.ndarray, args: argparse.Namespace) -> tuple[dict[str, list[int]], str]:
+    """({"head": ids, "middle": ids, "tail": ids}, human-readable rule), by training counts before val is held out."""
     if args.head_min is not None:
         rule = (f"head has at least {args.head_min} training images (train and val together), tail at most "
                 f"{args.tail_max}")
@@ -159,7 +164,7 @@ def make_groups(source, counts, args):
     return groups_by_thirds(counts)
 
 
-def relative_paths(lists):
+def relative_paths(lists: dict[str, Samples]) -> tuple[Path, dict[str, Samples]]:
     """Absolute image paths -> (their common folder, the lists with paths relative to it)."""
     folders = {os.path.dirname(path) for samples in lists.values() for path, _ in samples}
     common = os.path.commonpath(folders)
@@ -167,15 +172,16 @@ def relative_paths(lists):
                           for split, samples in lists.items()}
 
 
-def write(destination, source, lists, groups, rule, args):
-    """Cut the chips, if there are any, and write the data set; after a failure nothing of it is left."""
+def write(destination: Path, source: Source, lists: dict[str, Samples], groups: dict[str, list[int]], rule: str,
+          args: argparse.Namespace) -> tuple[DatasetInfo, dict[str, Samples]]:
+    """Cut the chips, if there are any, and write the data set. After a failure nothing of it is left."""
     images, existed = destination / "images", destination.exists()
     has_chips = not isinstance(lists["train"][0][0], str)
     if has_chips and images.exists():
         raise UserError(f"{images}: exists already; remove it or give another destination")
     try:
         if has_chips:
-            # Validation chips lie with those of train, where they come from.
+            # Validation chips are in the folder of train, of which they are a part.
             folder_of = {"train": "train", "val": "train", "test": "test"}
             chips = [(f"{folder_of[split]}/{chip.name}", chip) for split in SPLITS for chip, _ in lists[split]]
             cut_chips(chips, images, args.processes)
@@ -205,7 +211,7 @@ def write(destination, source, lists, groups, rule, args):
     return info, lists
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     check_arguments(args)
     if args.kind == "check":
@@ -224,6 +230,7 @@ def main(argv=None):
     for note in notes:
         print(f"note: {note}")
     print(f"{destination}: {info.name} is ready; its long tail: {destination / 'class_counts.png'}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""The one network of T2FTS: torchvision's ResNet-50 with a stem for grey images, and how weights get into it: from
-nowhere, from ImageNet, from a checkpoint of this project, or from the weights that the authors released."""
+"""The network of T2FTS: torchvision's ResNet-50 with a stem for grey images, and its initial weights: random, of
+ImageNet, of a checkpoint of this project, or of the authors' released files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +14,18 @@ from common.files import check_entries, is_metadata, is_stored_whole, load_check
 from common.runtime import UserError
 from common.weights import imagenet_state, with_batch_counts
 
-# What this project's checkpoints say of themselves, at least.
+# Required metadata of this project's checkpoints, and their types.
 DESCRIPTION = {"stage": str, "classes": list, "groups": dict, "preprocessing": dict, "epoch": int, "selected_on": str}
 
 
 class SmallMapConv2d(nn.Conv2d):
     """A convolution (1x1, or 3x3 with padding 1) that in training computes a small output as one matrix product: on a
-    CPU the gradient of its weights then takes down to a tenth of the time, and a whole step on images of 64 x 64 two
-    thirds. Larger outputs, inference and GPUs are left to nn.Conv2d."""
+    CPU this shortens the gradient of its weights to as little as a tenth of the time, and a whole step on images of
+    64 x 64 to two thirds. Larger outputs, inference and GPUs are left to nn.Conv2d."""
 
     LARGEST = {1: 16 * 16, 3: 4 * 4}  # pixels of an output, by the side of the kernel
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images: (B, C_in, H, W). Returns (B, C_out, H/stride, W/stride)."""
         (size, _), (stride, _) = self.kernel_size, self.stride
         height, width = ((side - 1) // stride + 1 for side in images.shape[-2:])
@@ -39,21 +43,21 @@ class SmallMapConv2d(nn.Conv2d):
 class ResNet50(ResNet):
     """ResNet-50 over grey images. Convolutions start as N(0, sqrt(2 / (k * k * c_out))), batch norms as 1 / 0."""
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes: int):
         super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=num_classes)
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for module in layer.modules():
                 if isinstance(module, nn.Conv2d):
-                    module.__class__ = SmallMapConv2d  # the same weights, another way to compute with them
+                    module.__class__ = SmallMapConv2d  # the same weights, computed with in another way
 
-    def layer3_features(self, images):
+    def layer3_features(self, images: torch.Tensor) -> torch.Tensor:
         """f(x) of the paper. images: (B, 1, H, W) float in [-1, 1]. Returns (B, 1024, H/16, W/16)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # (B, 64, H/4, W/4)
         return self.layer3(self.layer2(self.layer1(x)))
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images: (B, 1, H, W). Returns the logits z(x) (B, classes) and the layer3 features f(x)
         (B, 1024, H/16, W/16)."""
         features = self.layer3_features(images)
@@ -61,13 +65,13 @@ class ResNet50(ResNet):
         return self.fc(pooled), features
 
 
-def read_weights(path):
+def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """A checkpoint file as (state dict in the names of ResNet50, description or None).
 
     Reads this project's checkpoints, plain state dicts, and the authors' released files: `conv2` is their stem,
     `fclass` their classifier, `conv1` a layer that their forward pass never used; a `module.` before every name is
-    dropped. The description is what this project's checkpoints say of themselves (stage, classes, preprocessing, ...).
-    Raises UserError for anything else."""
+    dropped. The description is the metadata of this project's checkpoints (stage, classes, preprocessing, ...). Raises
+    UserError for anything else."""
     content = load_checkpoint(path)
     description = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -89,8 +93,8 @@ def read_weights(path):
     return state, description
 
 
-def is_description(value):
-    """Whether `value` is what this project's checkpoints say of themselves, each part of its kind."""
+def is_description(value: Any) -> bool:
+    """Whether `value` is the metadata of a checkpoint of this project, each part of its type and range."""
     if not is_metadata(value, DESCRIPTION):
         return False
     size = value["preprocessing"].get("image_size")
@@ -99,8 +103,8 @@ def is_description(value):
                     for ids in value["groups"].values()))
 
 
-def load_state(network, state, path):
-    """Load a state dict whole into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
+def load_state(network: ResNet50, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Load a state dict into `network`. Raises UserError naming the first missing, unknown or misshapen entry."""
     expected = network.state_dict()
     classifier = state.get("fc.weight")
     if classifier is not None and classifier.ndim and classifier.shape[:1] != expected["fc.weight"].shape[:1]:
@@ -109,7 +113,7 @@ def load_state(network, state, path):
     network.load_state_dict(state)
 
 
-def load_network(path, num_classes):
+def load_network(path: str | Path, num_classes: int) -> tuple[ResNet50, dict[str, Any] | None]:
     """A ResNet50 with the weights of a file, and the file's description (None for plain state dicts)."""
     state, description = read_weights(path)
     network = ResNet50(num_classes)
@@ -117,12 +121,12 @@ def load_network(path, num_classes):
     return network, description
 
 
-def initialise(network, init):
-    """Fill `network` in place as `init` says. Returns in words what was loaded and what was not, and the description
-    that the file brought, None for none.
+def initialise(network: ResNet50, init: str) -> tuple[str, dict[str, Any] | None]:
+    """Load the initial weights into `network`. Returns a message on the entries that were loaded and those that were
+    not, and the description in the file, None without one.
 
     init: `none`; `imagenet` (torchvision's weights); or a file: a checkpoint of the same classes, or torchvision's
-    ResNet-50 file where it cannot be downloaded."""
+    ResNet-50 file, for machines that cannot download it."""
     if init == "none":
         return "random weights", None
     if init == "imagenet":
@@ -135,8 +139,8 @@ def initialise(network, init):
     return f"all {len(state)} entries from {init}{origin}", description
 
 
-def _load_imagenet(network, state, source):
-    """Load a 3-channel, 1000-class ResNet-50: the stem summed over its input channels, the classifier left as it is."""
+def _load_imagenet(network: ResNet50, state: Mapping[str, torch.Tensor], source: str) -> str:
+    """Load a 3-channel, 1000-class ResNet-50: the stem summed over its input channels, the classifier kept."""
     new = {"fc.weight": network.fc.weight.detach(), "fc.bias": network.fc.bias.detach()}
     stem = state["conv1.weight"].sum(dim=1, keepdim=True)  # a grey pixel is the same value in all three channels
     load_state(network, {**with_batch_counts(state, network), **new, "conv1.weight": stem}, source)

@@ -1,9 +1,10 @@
-"""What is wrong with a data set: `python prepare_dataset.py check DATASET`.
+"""The check of a data set: `python prepare_dataset.py check DATASET`.
 
-Errors are what would make training or its numbers wrong (exit status 1); notes are worth knowing."""
+Errors would make training or its results wrong (exit status 1); notes are worth knowing."""
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -13,33 +14,37 @@ from common.images import decode_grey, unreadable
 from common.runtime import UserError
 from common.text import print_findings
 from common.workers import in_processes
-from dataset import GROUPS, SPLITS, class_counts, parse_line, read_info
+from dataset import GROUPS, SPLITS, DatasetInfo, Sample, class_counts, parse_line, read_info
+
+Findings = tuple[list[str], list[str]]  # errors, notes
 
 
-def check_dataset(root, processes=None):
+def check_dataset(root: str | Path, processes: int | None = None) -> int:
     """Print the counts and every finding of the data set in `root`. Returns 1 where there are errors, else 0.
 
     Raises UserError where `root` is not a data set."""
     info = read_info(root)
-    lists, errors, notes = {}, [], []
+    errors: list[str] = []
+    notes: list[str] = []
+    lists: dict[str, list[Sample]] = {}
     for split in SPLITS:
         path = info.root / f"{split}.txt"
         if split == "val" and not path.exists():
             lists[split] = []
             notes.append("no val.txt: the best epoch can only be chosen on the test part")
         else:
-            lists[split], found = read_whole_list(path, len(info.classes))
-            errors += found
+            lists[split], list_errors = read_whole_list(path, len(info.classes))
+            errors += list_errors
     counts = print_table(info, {split: [sample.label for sample in samples] for split, samples in lists.items()})
-    errors_found, notes_found = count_findings(info, counts)
+    count_errors, count_notes = count_findings(info, counts)
     contents, image_errors = read_contents(info, lists, processes)
     duplicate_errors, duplicate_notes = duplicate_findings(lists, contents)
-    errors += errors_found + image_errors + duplicate_errors
-    notes += notes_found + duplicate_notes
+    errors += count_errors + image_errors + duplicate_errors
+    notes += count_notes + duplicate_notes
     return print_findings(errors, notes)
 
 
-def print_table(info, labels):
+def print_table(info: DatasetInfo, labels: dict[str, list[int]]) -> dict[str, np.ndarray]:
     """Print one line a class and one a group. labels: {split: [class ids]}. Returns {split: (classes,) counts}."""
     counts = {split: class_counts(labels.get(split, []), len(info.classes)) for split in SPLITS}
     group_of = {class_id: group for group in GROUPS for class_id in info.groups[group]}
@@ -56,9 +61,10 @@ def print_table(info, labels):
     return counts
 
 
-def read_whole_list(path, num_classes):
-    """([Sample], [errors]): like `dataset.read_list`, but one bad line does not hide the others."""
-    samples, errors = [], []
+def read_whole_list(path: Path, num_classes: int) -> tuple[list[Sample], list[str]]:
+    """([Sample], [errors]): like `dataset.read_list`, but with the errors of all lines."""
+    samples: list[Sample] = []
+    errors: list[str] = []
     try:
         for number, line in list_lines(path):
             try:
@@ -70,8 +76,8 @@ def read_whole_list(path, num_classes):
     return samples, errors
 
 
-def count_findings(info, counts):
-    """(errors, notes) about groups and classes without images."""
+def count_findings(info: DatasetInfo, counts: dict[str, np.ndarray]) -> Findings:
+    """Groups and classes without images."""
     errors, notes = [], []
     for group in GROUPS:
         ids = info.groups[group]
@@ -91,7 +97,8 @@ def count_findings(info, counts):
 # ---- content ---------------------------------------------------------------------------------------------------------
 
 
-def read_contents(info, lists, processes):
+def read_contents(info: DatasetInfo, lists: dict[str, list[Sample]],
+                  processes: int | None) -> tuple[dict[str, bytes], list[str]]:
     """Decode every image once. Returns ({path: digest of its grey pixels}, [errors])."""
     where = {}
     for samples in lists.values():
@@ -111,7 +118,7 @@ def read_contents(info, lists, processes):
 
 
 def _digest_images(job):
-    """[(path, digest or None, what is wrong or None)] for one chunk of images."""
+    """[(path, digest or None, error or None)] for one chunk of images."""
     images, paths = job
     root, results = os.path.realpath(images), []
     for path in paths:
@@ -128,15 +135,15 @@ def _digest_images(job):
 def _digest(file):
     try:
         pixels = np.asarray(decode_grey(file))
-    # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
+    # A damaged file can make a decoder raise any exception.
     except Exception as error:
         return None, unreadable(error)
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest(), None
 
 
-def duplicate_findings(lists, contents):
-    """(errors, notes) about images whose grey pixels are equal: in two splits, with two labels, or merely twice."""
-    same = {}
+def duplicate_findings(lists: dict[str, list[Sample]], contents: dict[str, bytes]) -> Findings:
+    """Images with equal grey pixels: in two splits or with two labels (errors), or only twice in a split (notes)."""
+    same: dict[bytes, list[tuple[str, Sample]]] = {}
     for split, samples in lists.items():
         for sample in samples:
             if sample.path in contents:

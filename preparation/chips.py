@@ -20,37 +20,42 @@ from recognition.published import DOTA
 
 MIN_EDGE = 4  # pixels; a chip of an object smaller than this is widened with the pixels around it
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+PixelBox = tuple[int, int, int, int]
+
 
 class Chip(NamedTuple):
     """A chip to be cut. image: path of the large image. box: (left, top, right, bottom) in whole pixels, inside the
     image, right and bottom excluded. name: relative path of the chip, without its split."""
 
     image: str
-    box: tuple
+    box: PixelBox
     name: str
 
 
 # ---- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def chip_box(box, size, margin):
+def chip_box(box: Box, size: tuple[int, int], margin: float) -> PixelBox | None:
     """The part of an image to cut out for an object, or None where the object lies wholly outside.
 
     box: (left, top, right, bottom), floats, in pixels. size: (width, height) of the image. margin: the chip's edges are
-    1 + margin times the box's, half of it on each side. The result is whole pixels, rounded outwards, at least MIN_EDGE
-    an edge where the image has that many, clipped at the image's border: no pixel is invented."""
+    1 + margin times the box's, half of it on each side. The result is in whole pixels, rounded outwards, with edges of
+    at least MIN_EDGE where the image is that large, and clipped to the image: there is no padding."""
     if not overlaps(box, size):
         return None
-    near, far = zip(*(_chip_edge(box[axis], box[axis + 2], size[axis], margin) for axis in (0, 1)), strict=True)
-    return near + far
+    left, right = _chip_edges(box[0], box[2], size[0], margin)
+    top, bottom = _chip_edges(box[1], box[3], size[1], margin)
+    return left, top, right, bottom
 
 
-def overlaps(box, size):
+def overlaps(box: Box, size: tuple[int, int]) -> bool:
     """Whether any part of `box` lies in an image of `size`."""
     return all(box[axis] < size[axis] and (box[axis + 2] > 0 or box[axis] == 0) for axis in (0, 1))
 
 
-def _chip_edge(near, far, length, margin):
+def _chip_edges(near: float, far: float, length: int, margin: float) -> tuple[int, int]:
+    """The two edges of a chip along one axis of an image of `length` pixels."""
     pad = (far - near) * margin / 2
     near, far = max(math.floor(near - pad), 0), min(math.ceil(far + pad), length)
     if far - near < MIN_EDGE:
@@ -59,10 +64,10 @@ def _chip_edge(near, far, length, margin):
     return near, far
 
 
-def square_box(box, size, margin):
+def square_box(box: Box, size: tuple[int, int], margin: float) -> PixelBox | None:
     """Like `chip_box`, but a square with side (1 + margin) times the longer edge, around the same centre.
 
-    Where it sticks out it is shifted into the image, and clipped where the image is smaller than it is."""
+    A square that reaches beyond the image is shifted into it, and clipped where it is larger than the image."""
     if not overlaps(box, size):
         return None
     side = max(round((1 + margin) * max(box[2] - box[0], box[3] - box[1])), MIN_EDGE)
@@ -77,7 +82,7 @@ def square_box(box, size, margin):
 # ---- DOTA ------------------------------------------------------------------------------------------------------------
 
 
-def read_dota(paths, margin):
+def read_dota(paths: list[Path], margin: float) -> Source:
     """DOTA v1.0: the released chips, or one or two folders (train, val) with `images/` and `labelTxt/`."""
     released = read_released(paths, DOTA, "DOTA", "DOTA")
     if released:
@@ -90,7 +95,7 @@ def read_dota(paths, margin):
     return Source(DOTA["classes"], parts[0], parts[1] if len(parts) == 2 else None, DOTA, _skipped_note(skipped))
 
 
-def _read_dota_folder(folder, margin, skipped):
+def _read_dota_folder(folder: Path, margin: float, skipped: list[str]) -> list[tuple[Chip, int]]:
     """[(Chip, label)] of every object in one folder. Adds the places of objects outside their image to `skipped`."""
     samples = []
     for image, labels in find_dota_files(folder):
@@ -108,9 +113,9 @@ def _read_dota_folder(folder, margin, skipped):
 # ---- COCO ------------------------------------------------------------------------------------------------------------
 
 
-def read_coco(paths, margin, images=None):
-    """COCO annotation files: train, and test where there are two. images: the folder of the images, None to look for
-    them. Classes are in ascending category id; crowd annotations are skipped."""
+def read_coco(paths: list[Path], margin: float, images: Path | None = None) -> Source:
+    """COCO annotation files: train, and test where there are two. images: the folder of the images, None to search for
+    it. Classes are in ascending category id; crowd annotations are skipped."""
     if len(paths) > 2:
         raise UserError(f"coco: expected TRAIN.json and perhaps TEST.json, found {len(paths)} sources")
     skipped, crowds, parts, categories = [], 0, [], None
@@ -162,7 +167,7 @@ def _box_of(annotation, where):
 
 
 def _image_places(path, images):
-    """The folders where the images of an annotation file may lie, likeliest first."""
+    """The folders that may hold the images of an annotation file, in the order of the search."""
     if images is not None:
         return existing_folders([images])
     parent = path.resolve().parent
@@ -172,7 +177,7 @@ def _image_places(path, images):
 
 
 def _locate(entry, places, path):
-    """(path, (width, height)) of an image of a COCO file, whose stated size must be the true one."""
+    """(path, (width, height)) of an image of a COCO file. Raises UserError if its size is not the one in the file."""
     name = entry.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{path}: image {entry.get('id')} has no file_name")
@@ -191,7 +196,7 @@ def _locate(entry, places, path):
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def cut_chips(chips, folder, processes):
+def cut_chips(chips: list[tuple[str, Chip]], folder: Path, processes: int | None) -> None:
     """Write grey PNGs. chips: [(relative path in `folder`, Chip)]. Raises UserError naming the image or chip."""
     chips_of = {}
     for path, chip in chips:
@@ -206,7 +211,7 @@ def cut_chips(chips, folder, processes):
 
 
 def _cut_image(job):
-    """Cut all chips of one image. Returns (None, their number), or (what went wrong, 0)."""
+    """Cut all chips of one image. Returns (None, their number), or (error, 0)."""
     path, cuts = job
     with large_images():
         try:
@@ -222,7 +227,7 @@ def _cut_image(job):
 
 
 def _file_name(text):
-    """`text` as a plain name of a file: no separators, no spaces, not hidden."""
+    """`text` as a plain file name: no separators, no spaces, not hidden."""
     return re.sub(r"[^\w.-]+", "_", text)[:80].strip(".") or "_"
 
 

@@ -1,11 +1,13 @@
-"""Images that lie on disk one file an object: the authors' released lists, folders named by class id, class folders.
+"""Images with one file an object: the authors' released lists, folders named by class id, class folders.
 
-Every reader returns a `Source`. Images are not copied; each is named by its real path, links followed."""
+Every reader returns a `Source`. Images are not copied; each is named by its real path, with links resolved."""
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.images import IMAGE_SUFFIXES, existing_folders, image_files
 from common.runtime import UserError
@@ -15,54 +17,55 @@ from recognition.published import FGSC23
 
 @dataclass
 class Source:
-    """What a reader found.
+    """The images of a data set.
 
-    classes: names in id order. train, test: [(item, label)]; an item is the path of an image, or a `chips.Chip` still
-    to be cut; test is None where there is one part, to be divided. published: an entry of published.py, or None.
+    classes: names in id order. train, test: [(item, label)]; an item is the path of an image, or a `chips.Chip`
+    still to be cut; test is None where the source has one part, to be divided. published: an entry of published.py.
     notes: sentences for the user."""
 
-    classes: list
-    train: list
-    test: list | None
-    published: dict | None = None
-    notes: list = field(default_factory=list)
+    classes: list[str]
+    train: list[tuple[Any, int]]
+    test: list[tuple[Any, int]] | None
+    published: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def subfolders(folder):
-    """The folders in `folder`, hidden ones left out, in no order."""
+def subfolders(folder: str | Path) -> list[Path]:
+    """The folders in `folder` except hidden ones, in arbitrary order."""
     return [path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
-def _images_of_class(folder, label):
+def _images_of_class(folder: Path, label: int) -> list[tuple[str, int]]:
     return [(os.path.realpath(folder / name), label) for name in image_files(folder)]
 
 
 # ---- released layout -------------------------------------------------------------------------------------------------
 
 
-def find_released_lists(sources, published, prefix, folder):
+def find_released_lists(sources: list[Path], published: dict[str, Any], prefix: str,
+                        folder: str) -> dict[str, list[Path]] | None:
     """{"train": [lists], "test": [lists]} of the authors' layout, or None where no source holds such a list.
 
     prefix, folder: `FG`, `FGSC` or `DOTA`, `DOTA`. The undivided list is preferred to the three of head, middle and
-    tail. Raises UserError where only some of the three are there, or one split has none."""
+    tail. Raises UserError where only some of the three exist, or a split has none."""
     places = [source / place for source in sources for place in (f"anno/{folder}", "anno", folder, ".")]
-    found = {}
+    released = {}
     for split in ("train", "test"):
         names = [f"{prefix}_{split}{part}.txt" for part in ("", 1, 2, 3)]
         lists = [next((place / name for place in places if (place / name).is_file()), None) for name in names]
-        found[split] = lists[:1] if lists[0] else lists[1:]
-    if not any(any(lists) for lists in found.values()):
+        released[split] = lists[:1] if lists[0] else lists[1:]
+    if not any(any(lists) for lists in released.values()):
         return None
-    for split, lists in found.items():
+    for split, lists in released.items():
         if None in lists:
             raise UserError(f"{sources[0]}: {published['name']} needs {prefix}_{split}.txt, or all three of "
                             f"{prefix}_{split}1.txt, 2 and 3, in anno/{folder}/")
-    return found
+    return released
 
 
-def read_released(sources, published, prefix, folder):
+def read_released(sources: Iterable[str | Path], published: dict[str, Any], prefix: str, folder: str) -> Source | None:
     """The authors' layout: lists of `name.jpg label` and images in undivided or numbered folders (1, 2, 3 = head,
-    middle, tail; 4 = all). Lists and images may lie in different sources. None where there are no such lists."""
+    middle, tail; 4 = all). Lists and images may be in different sources. None where there are no such lists."""
     sources = existing_folders(sources)
     lists = find_released_lists(sources, published, prefix, folder)
     if lists is None:
@@ -87,8 +90,8 @@ def read_released(sources, published, prefix, folder):
 # ---- FGSC-23 ---------------------------------------------------------------------------------------------------------
 
 
-def read_fgsc23(sources):
-    """FGSC-23: the released layout, or `train/<id>/` and `test/<id>/`. Raises UserError for a folder that is no id."""
+def read_fgsc23(sources: Sequence[str | Path]) -> Source:
+    """FGSC-23: the released layout, or `train/<id>/` and `test/<id>/`. Raises UserError for other folder names."""
     released = read_released(sources, FGSC23, "FG", "FGSC")
     if released:
         return released
@@ -106,25 +109,25 @@ def read_fgsc23(sources):
     return Source(FGSC23["classes"], parts["train"], parts["test"], FGSC23)
 
 
-def _class_id(folder):
-    """The class id that an FGSC-23 folder is named by."""
+def _class_id(folder: Path) -> int:
+    """The class id in the name of a folder of FGSC-23."""
     last = len(FGSC23["classes"]) - 1
     if not (re.fullmatch("[0-9]{1,4}", folder.name) and int(folder.name) <= last):
         raise UserError(f"{folder}: expected folders named by class id, 0 to {last}")
     return int(folder.name)
 
 
-def published_deviations(source):
-    """One sentence for each published count that the source does not have; they are no error, only worth knowing."""
+def published_deviations(source: Source) -> list[str]:
+    """One sentence for each count that differs from the published one, which is no error."""
     deviations = []
     for split, samples in (("train", source.train), ("test", source.test)):
-        found = [0] * len(source.classes)
+        counts = [0] * len(source.classes)
         for _, label in samples:
-            found[label] += 1
-        rows = zip(source.classes, found, source.published.get(split, ()), strict=False)
+            counts[label] += 1
+        rows = zip(source.classes, counts, source.published.get(split, ()), strict=False)
         if f"{split}_by_group" in source.published:
             groups = source.published["groups"]
-            rows = [(f"{group} (together)", sum(found[c] for c in groups[group]),
+            rows = [(f"{group} (together)", sum(counts[c] for c in groups[group]),
                      source.published[f"{split}_by_group"][group]) for group in GROUPS]
         deviations += [f"{split}: {name}: found {count} images, published {published}"
                        for name, count, published in rows if count != published]
@@ -134,17 +137,17 @@ def published_deviations(source):
 # ---- class folders ---------------------------------------------------------------------------------------------------
 
 
-def natural_key(name):
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key that puts "10" after "9"."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in re.split(r"(\d+)", name)
             if part], name
 
 
-def class_names(folders):
+def class_names(folders: list[str]) -> tuple[list[str], list[str]]:
     """Folder names -> (folder names in class order, class names).
 
-    Where every folder begins with an ordering number ("07_tug", "7-tug") it orders the classes and is left out of their
-    names, unless two names would then be equal."""
+    Where every name begins with an ordering number ("07_tug", "7-tug"), the numbers order the classes and are left out
+    of their names, unless two names would then be equal."""
     ordered = sorted(folders, key=natural_key)
     numbered = [re.fullmatch(r"\d+[-_. ]+(.*\D.*)", name) for name in ordered]
     if all(numbered):
@@ -154,8 +157,8 @@ def class_names(folders):
     return ordered, ordered
 
 
-def read_folders(path):
-    """`train/` and `test/` with one folder a class, or one folder of class folders to divide."""
+def read_folders(path: str | Path) -> Source:
+    """`train/` and `test/` with one folder a class, or one folder of class folders, to be divided."""
     root, = existing_folders([path])
     names = {folder.name for folder in subfolders(root)}
     nested = {name for name in ("train", "test") if name in names and subfolders(root / name)}
