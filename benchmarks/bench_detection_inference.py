@@ -18,10 +18,9 @@ from common.images import find_images, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, autocast, run_script
 from detection.checkpoint import load_detector
-from detection.data.transforms import decode_rgb, normalise, pad_to_batch
+from detection.data.transforms import decode_rgb, normalise, pad_to_batch, resize_for_test
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import detect, detections, inference_network
-from detection.predict import resized
 
 WARM_UP = 5  # images, at least
 MOST_IMAGES = 32  # of the user's, which are held in memory
@@ -32,7 +31,7 @@ def read_images(paths, preprocessing):
     images = []
     for file in find_images(paths)[:MOST_IMAGES]:
         try:
-            images.append(resized(decode_rgb(file), preprocessing))
+            images.append(resize_for_test(decode_rgb(file), preprocessing))
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise UserError(f"{file}: {unreadable(error)}") from None
     return images

@@ -188,7 +188,8 @@ def main(argv=None):
     save_checkpoint(args.output, checkpoint)
     description = checkpoint["description"]
     model = description["model"]
-    print(f"{args.output}: GFL{' with quality (GFocal V2)' * model['quality']} on ResNet-{model['depth']}, "
+    head = "GFL with quality (GFocal V2)" if model["quality"] else "GFL"
+    print(f"{args.output}: {head} on ResNet-{model['depth']}, "
           f"{len(description['classes'])} classes, {len(checkpoint['model'])} entries")
 
 

@@ -18,14 +18,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from common.files import atomic_path, write_json
 from common.images import find_images, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
+from common.text import counted
 from detection.checkpoint import load_detector
-from detection.data.transforms import decode_rgb, pad_to_batch, resize, target_size
+from detection.data.transforms import decode_rgb, pad_to_batch, resize_for_test
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import LEAST_SCORE, MOST, detect, inference_network
 from detection.pictures import draw_boxes
@@ -33,17 +32,9 @@ from detection.pictures import draw_boxes
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
 
 
-def resized(image, preprocessing):
-    """An image as a detector sees it, (3, h, w) uint8, and its size relative to the original, (x, y).
-
-    image: (3, H, W) uint8. preprocessing: of the detector's description."""
-    height, width = image.shape[-2:]
-    size = target_size(height, width, preprocessing["short"], preprocessing["long"])
-    return resize(image, torch.zeros(0, 4), size)[0], (size[1] / width, size[0] / height)
-
-
 def predict(network, files, preprocessing, device, precision, suppression):
-    """Yield (file, image, detections, None) for each file in order, or (file, None, None, what is wrong).
+    """Yield (file, image, detections, None) for each file in order, or (file, None, None, the reason) for one that
+    cannot be read.
 
     network: as `inference.inference_network` gives it. image: (3, height, width) uint8. detections: as `detect` gives
     them, of one image at a time, for the padding of a batch would be part of its group norms."""
@@ -53,8 +44,8 @@ def predict(network, files, preprocessing, device, precision, suppression):
         except Exception as error:  # a damaged file can make a decoder raise anything
             yield file, None, None, unreadable(error) if os.path.isfile(file) else "no such image"
             continue
-        seen, scale = resized(image, preprocessing)
-        images, sizes = pad_to_batch([seen])
+        small, scale = resize_for_test(image, preprocessing)
+        images, sizes = pad_to_batch([small])
         yield file, image, detect(network, images, sizes, [scale], device, precision, suppression)[0], None
 
 
@@ -84,16 +75,16 @@ def save_picture(picture, path):
         picture.save(temporary, format=FORMATS[path.suffix.lower()], quality=95)
 
 
-def in_words(labels, classes):
+def summary(labels, classes):
     """`3 objects: 2 plane, 1 ship`. labels: ids of classes."""
     counts = Counter(labels).most_common()
-    return f"{len(labels)} object{'' if len(labels) == 1 else 's'}" + ": " * bool(counts) + ", ".join(
-        f"{count} {classes[label]}" for label, count in counts)
+    parts = ", ".join(f"{count} {classes[label]}" for label, count in counts)
+    return counted(len(labels), "object") + (f": {parts}" if parts else "")
 
 
-def as_rows(found, classes):
+def as_rows(detections, classes):
     """Detections of an image as plain values, the highest-scoring first."""
-    columns = (found[name].tolist() for name in ("labels", "scores", "boxes"))
+    columns = (detections[name].tolist() for name in ("labels", "scores", "boxes"))
     return [{"id": label, "class": classes[label], "score": round(score, 6), "box": [round(side, 3) for side in box]}
             for label, score, box in zip(*columns, strict=True)]
 
@@ -126,17 +117,17 @@ def main(argv=None):
     network, classes = inference_network(network, device), description["classes"]
     files, rows = find_images(args.images), []
     pictures = picture_paths(files, args.output)
-    for file, image, found, reason in predict(network, files, description["preprocessing"], device, precision,
+    for file, image, detections, reason in predict(network, files, description["preprocessing"], device, precision,
                                               args.suppression):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})
             continue
-        sure = {name: values[found["scores"] >= args.least_score] for name, values in found.items()}
-        print(f"{file}: {in_words(sure['labels'].tolist(), classes)}", flush=True)
-        save_picture(draw_boxes(image, **sure, classes=classes), pictures[file])
+        confident = {name: values[detections["scores"] >= args.least_score] for name, values in detections.items()}
+        print(f"{file}: {summary(confident['labels'].tolist(), classes)}", flush=True)
+        save_picture(draw_boxes(image, **confident, classes=classes), pictures[file])
         rows.append({"path": str(file), "width": image.shape[2], "height": image.shape[1],
-                     "detections": as_rows(found, classes)})
+                     "detections": as_rows(detections, classes)})
     if args.json:
         write_json(args.json, rows)
     failed = sum("error" in row for row in rows)

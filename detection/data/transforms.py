@@ -66,3 +66,12 @@ def normalise(images, image_sizes):
         image[:, h:].zero_()
         image[:, :, w:].zero_()
     return batch
+
+
+def resize_for_test(image, preprocessing):
+    """An image as a detector sees it, (3, h, w) uint8, and its size relative to the original, (x, y).
+
+    image: (3, H, W) uint8. preprocessing: of the detector's description."""
+    height, width = image.shape[-2:]
+    size = target_size(height, width, preprocessing["short"], preprocessing["long"])
+    return resize(image, torch.zeros(0, 4), size)[0], (size[1] / width, size[0] / height)

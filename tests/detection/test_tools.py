@@ -114,9 +114,9 @@ def test_what_is_too_unsure_is_neither_drawn_nor_counted(weights, tmp_path, caps
 
 
 def test_counts_in_words():
-    assert predict.in_words([], CLASSES) == "0 objects"
-    assert predict.in_words([2], CLASSES) == "1 object: 1 harbor"
-    assert predict.in_words([0, 1, 1], CLASSES) == "3 objects: 2 storage tank, 1 ship"
+    assert predict.summary([], CLASSES) == "0 objects"
+    assert predict.summary([2], CLASSES) == "1 object: 1 harbor"
+    assert predict.summary([0, 1, 1], CLASSES) == "3 objects: 2 storage tank, 1 ship"
 
 
 def test_an_unreadable_image_is_reported_and_the_others_go_on(weights, tmp_path, capsys):
