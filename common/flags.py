@@ -17,7 +17,7 @@ def setting(default: Any, text: str, **flag: Any) -> Any:
 
 
 def epochs_list(text: str) -> tuple[int, ...]:
-    """"32,62,92" -> (32, 62, 92), the type of --lr-steps."""
+    """"33,63,93" -> (33, 63, 93), the type of --lr-steps."""
     return tuple(int(number) for number in text.split(",") if number.strip())
 
 

@@ -31,7 +31,7 @@ class Settings:
     lr: float = setting(1e-3, "learning rate; with --schedule one-cycle its maximum")
     schedule: str = setting("steps", "steps: lr / 10 from each epoch of --lr-steps on; one-cycle: up for 30 per cent "
                                      "of the run, then down to 0, for short runs", choices=("steps", "one-cycle"))
-    lr_steps: tuple = setting((32, 62, 92), "epochs, counted from 1, that begin with a learning rate cut to a tenth",
+    lr_steps: tuple = setting((33, 63, 93), "epochs, counted from 1, that begin with a learning rate cut to a tenth",
                               type=epochs_list)
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(1e-4, "weight decay of SGD")

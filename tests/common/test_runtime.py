@@ -8,6 +8,8 @@ import torch
 import baseline_cl_s_weight
 import baseline_cl_t1
 import baseline_cl_t2
+import baseline_cl_t3
+import baseline_resnet50
 from common.files import atomic_path, save_checkpoint, write_json
 from common.flags import check_output
 from common.runtime import UserError, resolve_device, run_script
@@ -53,9 +55,14 @@ def test_an_unknown_device_is_an_error(name):
 
 
 def test_learning_rate_steps_of_the_paper():
-    settings = Settings(lr=1e-3, lr_steps=(32, 62, 92))
-    rates = {epoch: engine.learning_rate(settings, epoch, 0, 10) for epoch in (1, 31, 32, 61, 62, 91, 92, 100)}
-    assert rates == pytest.approx({1: 1e-3, 31: 1e-3, 32: 1e-4, 61: 1e-4, 62: 1e-5, 91: 1e-5, 92: 1e-6, 100: 1e-6})
+    """The released code cuts the rate after its epochs 32, 62 and 92, counted from 0: from the 33rd, 63rd and 93rd on;
+    the student's after 52."""
+    for script in (baseline_resnet50, baseline_cl_t1, baseline_cl_t2, baseline_cl_t3):
+        epochs = (1, 32, 33, 62, 63, 92, 93, 100)
+        rates = {epoch: engine.learning_rate(script.SETTINGS, epoch, 0, 10) for epoch in epochs}
+        assert rates == pytest.approx({1: 1e-3, 32: 1e-3, 33: 1e-4, 62: 1e-4, 63: 1e-5, 92: 1e-5, 93: 1e-6, 100: 1e-6})
+    rates = [engine.learning_rate(baseline_cl_s_weight.SETTINGS, epoch, 0, 10) for epoch in (1, 52, 53, 100)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
 
 
 def test_one_cycle_is_that_of_torch():
