@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python 3.10 to 3.13 and nothing else. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 BIN = .venv/bin
+# Tests run in so many processes of one thread each.
+TEST_JOBS ?= 2
 # Memory in huge pages, and kept: on a virtual machine with fragmented memory a training step is several times faster.
 export GLIBC_TUNABLES ?= \
   glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
@@ -43,7 +45,7 @@ demo-detection: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy common
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 clean:
 	rm -rf .venv data/demo data/demo_images data/demo_scenes runs/demo runs/demo_detection
