@@ -37,7 +37,7 @@ demo-detection: .venv/installed
 	  --output runs/demo_detection/teacher
 	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 18 --output runs/demo_detection/gfl
 	$(BIN)/python -m detection.train_ld $(SCENES) --depth 18 --output runs/demo_detection/ld \
-	  --teacher runs/demo_detection/teacher/final.pt --lambda-kd-main 0.375
+	  --teacher runs/demo_detection/teacher/final.pt
 	$(BIN)/python -m detection.compare teacher=runs/demo_detection/teacher alone=runs/demo_detection/gfl \
 	  LD=runs/demo_detection/ld
 	@echo "detections against ground truth: runs/demo_detection/ld/detections.png"

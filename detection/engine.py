@@ -225,7 +225,7 @@ def train_step(run, trained, batch):
         step.outputs = trained(step.images, step.teacher)
     if method.assigns_by_outputs:
         step.targets = method.assign(step)
-    losses, weights = method.losses(step, settings), method.weights(settings)
+    losses, weights = method.losses(step, settings), method.weights(settings, run.network.num_classes)
     terms = torch.stack([weights[name] * loss for name, loss in losses.items()])
     run.optimizer.zero_grad(set_to_none=True)
     terms.sum().backward()

@@ -23,4 +23,5 @@ def losses(step, settings):
     return gfl_losses(step.outputs, step.targets, step.anchors, settings.box_loss)
 
 
-GFL = Method(name="gfl", architecture=architecture, assign=assign, losses=losses, weights=lambda settings: WEIGHTS)
+GFL = Method(name="gfl", architecture=architecture, assign=assign, losses=losses,
+             weights=lambda settings, num_classes: WEIGHTS)

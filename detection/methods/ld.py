@@ -11,7 +11,19 @@ from detection.methods import gfl
 from detection.methods.method import Method
 from detection.settings import Settings
 
-COCO_CLASSES = 80
+COCO_CLASSES, COCO_KD_WEIGHT = 80, 10.0  # the published weight of KD, and the classes that it was tuned for
+
+
+def auto_or_number(text):
+    """"auto" -> "auto"; "1.25" -> 1.25. The type of --lambda-kd-main."""
+    return text if text == "auto" else float(text)
+
+
+def kd_weight(settings, num_classes):
+    """The weight of `kd_main`: as set, or for `auto` as strong as the published one on COCO."""
+    if settings.lambda_kd_main == "auto":
+        return COCO_KD_WEIGHT * num_classes / COCO_CLASSES
+    return settings.lambda_kd_main
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,9 @@ class LDSettings(Settings):
     teacher: str = setting("runs/{data}/teacher/final.pt", "checkpoint of the teacher")
     lambda_ld_main: float = setting(0.25, "weight of LD on the main region, the positive anchors")
     lambda_ld_vlr: float = setting(0.25, "weight of LD on the valuable localization region")
-    lambda_kd_main: float = setting(10.0, "weight of the classification's distillation on the main region")
+    lambda_kd_main: float | str = setting(
+        "auto", "weight of the classification's distillation on the main region; auto: the published 10 of COCO's 80 "
+                "classes, in proportion to their number, as its loss is a mean over them", type=auto_or_number)
     lambda_kd_vlr: float = setting(0.0, "... on the valuable localization region (the released code has 0)")
     ld_temperature: float = setting(10.0, "temperature of LD")
     kd_temperature: float = setting(2.0, "temperature of the classification's distillation")
@@ -35,7 +49,9 @@ class LDSettings(Settings):
     lambda_imitation: float = setting(2.0, "weight of the imitation")
 
     def ranges(self):
-        weights = ("lambda_ld_main", "lambda_ld_vlr", "lambda_kd_main", "lambda_kd_vlr", "lambda_imitation")
+        weights = ["lambda_ld_main", "lambda_ld_vlr", "lambda_kd_vlr", "lambda_imitation"]
+        if self.lambda_kd_main != "auto":
+            weights.append("lambda_kd_main")
         return (*super().ranges(), *((name, 0, 1e6) for name in weights),
                 ("ld_temperature", 1e-3, 1e6), ("kd_temperature", 1e-3, 1e6), ("gamma", 0, 1))
 
@@ -54,10 +70,10 @@ def losses(step, settings):
     return terms
 
 
-def weights(settings):
+def weights(settings, num_classes):
     """{name: weight} of every term."""
     return {**gfl.WEIGHTS, "ld_main": settings.lambda_ld_main, "ld_vlr": settings.lambda_ld_vlr,
-            "kd_main": settings.lambda_kd_main, "kd_vlr": settings.lambda_kd_vlr,
+            "kd_main": kd_weight(settings, num_classes), "kd_vlr": settings.lambda_kd_vlr,
             "imitation": settings.lambda_imitation}
 
 
@@ -68,9 +84,12 @@ def notes(settings, num_classes, images_per_process):
                "for 2 or 3; lower --lambda-ld-main and --lambda-ld-vlr in proportion, or see --ld-norm")
     if num_classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
         yield "with one class the classification's distillation is 0: its softmax has nothing to compare"
-    elif settings.lambda_kd_main / num_classes > 2 * 10 / COCO_CLASSES:
+    elif settings.lambda_kd_main == "auto":
+        yield f"--lambda-kd-main auto is {kd_weight(settings, num_classes):g} for {num_classes} classes"
+    elif settings.lambda_kd_main / num_classes > 2 * COCO_KD_WEIGHT / COCO_CLASSES:
+        as_strong = COCO_KD_WEIGHT * num_classes / COCO_CLASSES
         yield (f"the classification's distillation is a mean over the {num_classes} classes, and its weight of 10 was "
-               f"tuned for {COCO_CLASSES}; as strong here is --lambda-kd-main {10 * num_classes / COCO_CLASSES:g}")
+               f"tuned for {COCO_CLASSES}; as strong here is --lambda-kd-main {as_strong:g}, which auto would be")
 
 
 LD = Method(name="ld", architecture=gfl.architecture, assign=gfl.assign, losses=losses, weights=weights,

@@ -50,7 +50,7 @@ class Method:
         decoding, and the anchors at a location.
     assign(step): the target of each anchor. It is called before the forward pass, unless assigns_by_outputs.
     losses(step, settings): {name: scalar}, unweighted. A term of weight 0 may be left out.
-    weights(settings): {name: weight} of every loss. The loss of a step is their weighted sum.
+    weights(settings, num_classes): {name: weight} of every loss. The loss of a step is their weighted sum.
     load_teacher(settings, description, device, precision): the frozen teacher of `settings.teacher`, in eval mode, or a
         UserError if a student of this description cannot learn from it. None for a method without a teacher.
     companions(num_classes, settings): {name: nn.Module} trained beside the student: optimised, saved for --resume, not
@@ -63,7 +63,7 @@ class Method:
     architecture: Callable[[Any], Any]
     assign: Callable[[Step], Any]
     losses: Callable[[Step, Any], dict[str, torch.Tensor]]
-    weights: Callable[[Any], dict[str, float]]
+    weights: Callable[[Any, int], dict[str, float]]
     assigns_by_outputs: bool = False
     load_teacher: Callable[..., torch.nn.Module] | None = None
     companions: Callable[[int, Any], dict[str, torch.nn.Module]] = no_companions

@@ -119,9 +119,9 @@ def slow_ld(student, teacher, targets, anchors, metric="diou"):
 
 def ld_losses(student, teacher, targets, anchors, **changes):
     """The weighted losses of LD with the published settings but for `changes`."""
-    settings = LDSettings(**changes)
+    settings = LDSettings(**{"lambda_kd_main": 10.0, **changes})
     terms = ld.ld_losses(student, teacher, targets, anchors, settings)
-    return {name: weights(settings)[name] * loss for name, loss in terms.items()}
+    return {name: weights(settings, C)[name] * loss for name, loss in terms.items()}
 
 
 def imitation_losses(method, student, teacher, targets, anchors, weight=2.0):

@@ -31,7 +31,7 @@ def losses(step, settings):
             for name, loss in gfl_losses(outputs, step.targets, step.anchors).items()}
 
 
-def weights(settings):
+def weights(settings, num_classes):
     return {f"{name}_{network}": weight for network in ("student", "peer") for name, weight in gfl.WEIGHTS.items()}
 
 
@@ -91,4 +91,5 @@ def test_a_companion_that_is_missing_in_the_checkpoint_is_one_line(flags, tmp_pa
 def test_the_weights_of_ld_are_its_settings():
     weights = {name: 7.0 + place for place, name in enumerate(("ld_main", "ld_vlr", "kd_main", "kd_vlr", "imitation"))}
     settings = LDSettings(**{f"lambda_{name}": weight for name, weight in weights.items()})
-    assert LD.weights(settings) == {**gfl.WEIGHTS, **weights}
+    assert LD.weights(settings, 3) == {**gfl.WEIGHTS, **weights}
+    assert LD.weights(LDSettings(), 80)["kd_main"] == 10 and LD.weights(LDSettings(), 10)["kd_main"] == 1.25
