@@ -93,7 +93,7 @@ def test_rivals_start_from_the_baseline_and_train_as_long_as_the_student(jobs, t
     for job in jobs[5:]:
         assert job.script.STAGE.name == "baseline"
         assert " ".join(job.flags) == (
-            f"--data-root data/x --init {best} --epochs {epochs} --lr-steps 52 {own[job.folder.name]} --seed 0 "
+            f"--data-root data/x --init {best} --epochs {epochs} --lr-steps 53 {own[job.folder.name]} --seed 0 "
             f"--output {job.folder}")
     for job in jobs[:5]:  # a flag for teachers is passed on to the stages that have them
         assert ("--teacher-batch-norm" in job.flags) == bool(job.script.STAGE.teachers)
@@ -161,7 +161,7 @@ def test_stages_started_by_hand_are_found_finished(tiny, tmp_path):
     for seed in (0, 1):
         folder = tmp_path / f"seed{seed}"
         best = str(folder / "baseline" / "best.pt")
-        rival = ["--lr-steps", "52", "--init", best]
+        rival = ["--lr-steps", "53", "--init", best]
         flags = {
             "baseline": ["--init", "none"], "class_aware": [*rival, "--sampler", "class-aware"],
             "balanced_softmax": [*rival, "--loss", "balanced-softmax"], "t2_alone": alone, "t3_alone": alone,
