@@ -44,6 +44,7 @@ NAMES = (
 SCALES, SCALE = "head.scales", "bbox_head.scales.{}.scale"
 # LD's teacher, what is computed and not learned, and the classifier of ImageNet.
 LEFT_OUT = ("teacher_model.", "teacher.", "bbox_head.integral.project", "backbone.fc.")
+CLASSIFY_BIAS = "bbox_head.gfl_cls.bias"
 CLASSIFY, REGRESS, QUALITY = (f"bbox_head.{name}.weight" for name in ("gfl_cls", "gfl_reg", "reg_conf.0"))
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -117,8 +118,18 @@ def read_architecture(state, path):
         raise UserError(f"{path}: its backbone has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in "
                         f"layer3; expected a ResNet-{', '.join(map(str, DEPTHS))}")
     num_classes, channels = state[CLASSIFY].shape[:2]
+    if QUALITY in state:
+        num_classes -= 1  # see without_background
     return Architecture(depths[0], channels, count(state, "bbox_head.cls_convs.{}.conv.weight"),
                         len(state[REGRESS]) // 4 - 1, QUALITY in state), num_classes
+
+
+def without_background(state):
+    """A state dict whose classifier has the channels of the classes alone: GFocal V2's has one more, of the background,
+    which neither its loss nor its tests read."""
+    if QUALITY not in state:
+        return state
+    return {name: value[:-1] if name in (CLASSIFY, CLASSIFY_BIAS) else value for name, value in state.items()}
 
 
 def count(state, template):
@@ -162,6 +173,7 @@ def convert(path, classes_file, short, long):
                         "channels a multiple of 32")
     with torch.device("meta"):  # names and shapes alone
         ours = Detector(num_classes, architecture).state_dict()
+    state = without_background(state)
     check_entries(path, state, to_mmdet(ours), "such a detector in mmdetection")
     model = from_mmdet(state, ours)
     model = {name: value.to(ours[name].dtype).clone(memory_format=torch.contiguous_format)

@@ -6,6 +6,8 @@ import numpy as np
 # As hundredths: steps of .05, added up, miss .6 and .7, and with them an IoU of 3 / 5.
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
 RULES = ("11-point", "area")
+# As the original has them: .3, .6 and .7 are a rounding error higher, and a recall of exactly 3 / 10 does not reach .3.
+RECALL_LEVELS = np.arange(0, 1.001, 0.1)
 
 
 def match(detections, records, thresholds):
@@ -60,7 +62,7 @@ def average_precision(recall, precision, rule):
     at a recall of at least 0, .1, ... 1 (VOC 2007), or `area`, that under the curve whose precision at each recall is
     the best at that recall or a higher one (VOC 2010 and later). No detections: 0."""
     if rule == "11-point":
-        return float(np.mean([precision[recall >= level].max(initial=0) for level in np.arange(11) / 10]))
+        return float(np.mean([precision[recall >= level].max(initial=0) for level in RECALL_LEVELS]))
     if rule == "area":
         return float(np.sum(np.diff(recall, prepend=0) * envelope(precision)))
     raise ValueError(f"rule {rule!r}: expected one of {', '.join(RULES)}")

@@ -94,7 +94,7 @@ def slow_average_precision(verdicts, objects, rule):
         if verdict != "neither":
             points.append((true / objects, true / (true + false)))
     if rule == "11-point":
-        return sum(max([p for r, p in points if 10 * r >= level], default=0) for level in range(11)) / 11
+        return sum(max([p for r, p in points if r >= 0.1 * level], default=0) for level in range(11)) / 11
     area = previous = 0.0
     for recall, _ in points:
         area += (recall - previous) * max(p for r, p in points if r >= recall)
@@ -143,8 +143,9 @@ def test_true_false_true_on_two_objects():
     assert voc_ap(detections, annotations, "area")["AP"] == pytest.approx(0.833333, abs=1e-6)
 
 
-def test_a_recall_of_exactly_three_tenths_reaches_the_level_of_three_tenths():
-    assert average_precision(np.array([0.1, 0.2, 0.3]), np.ones(3), "11-point") == pytest.approx(4 / 11)
+def test_a_recall_of_exactly_three_tenths_misses_the_level_of_three_tenths_as_in_the_original():
+    assert average_precision(np.array([0.1, 0.2, 0.3]), np.ones(3), "11-point") == pytest.approx(3 / 11)
+    assert average_precision(np.array([0.1, 0.2, 0.4, 0.5]), np.ones(4), "11-point") == pytest.approx(6 / 11)
 
 
 @pytest.mark.parametrize("rule", ["11-point", "area"])
