@@ -312,10 +312,10 @@ def test_resuming_a_detector_with_auto_goes_on_in_its_precision(monkeypatch, tmp
     flags = ("--train", tmp_path / "scenes" / "train.json", "--test", tmp_path / "scenes" / "test.json",
              *without_precision(QUICK_DETECTOR), "--epochs", "1", "--output", tmp_path / "run")
     is_fast(monkeypatch, "bf16")
-    assert run_detector(train_gfl, "gfl", *flags) == 0
+    assert run_detector(train_gfl, *flags) == 0
     os.remove(tmp_path / "run" / "results.json")  # as if it had been killed before its test
     is_fast(monkeypatch, "fp32")
     capsys.readouterr()
-    assert run_detector(train_gfl, "gfl", *flags, "--resume") == 0
+    assert run_detector(train_gfl, *flags, "--resume") == 0
     output = capsys.readouterr().out
     assert "precision bf16, in which this run was begun" in output and "; precision bf16; seed 0" in output
