@@ -328,8 +328,8 @@ def test_another_test_does_not_replace_the_results(runs, scenes, tmp_path, capsy
 
 
 def test_what_a_user_may_not_expect_is_said(runs, flags, tmp_path, capsys):
-    assert run_detector(train_ld, *flags, *taught(runs), "--epochs", "1", "--warmup-steps", "50", "--output",
-                    tmp_path / "ld") == 0
+    assert run_detector(train_ld, *flags, *taught(runs), "--epochs", "1", "--warmup-steps", "50", "--lambda-kd-main",
+                        "10", "--output", tmp_path / "ld") == 0
     said = capsys.readouterr().out
     for note in ("--warmup-steps 50 are most of the 3 steps", "--lr-steps 9,12 never come",
                  "LD's terms are sums over the 4 images", "the classification's distillation is a mean over"):
