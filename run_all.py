@@ -192,8 +192,9 @@ def read_comparable(paths: list[Path]) -> dict[Path, dict[str, Any]]:
     results = {path: read_results(path) for path in paths}
     first = paths[0]
     for path in paths[1:]:
-        for key in ("dataset", "images", "image_size", "selected_on"):
-            if results[path][key] != results[first][key]:
+        # Results of an older version do not tell which images they are of.
+        for key in ("dataset", "images", "image_size", "selected_on", "test_images"):
+            if len({results[path].get(key), results[first].get(key)} - {None}) > 1:
                 raise UserError(f"{path}: {key} is {results[path][key]}, in {first} it is {results[first][key]}; "
                                 "results of different tests cannot be compared")
     return results

@@ -61,15 +61,22 @@ def run_identity(stage: str, settings: Any, not_part: Collection[str], **more: A
     return {"stage": stage, **values, **more}
 
 
+def was_trained(folder: Path) -> bool:
+    """Whether the run in a folder has written anything but its settings: one that was killed before its first
+    checkpoint has not."""
+    return any((folder / name).exists() for name in ("last.pt", "log.jsonl", "results.json"))
+
+
 def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Collection[str] = ()) -> None:
     """Raise UserError if `settings.output` holds another run than that of `identity` (a `run_identity`), or this run
     and --resume is not given, or the results of a test.
 
-    A setting that the folder's settings.json lacks, being younger than the run, counts as its default. data: human-
+    A folder with settings.json alone, of a run that was killed before it had trained, is free. A setting that
+    settings.json lacks, being younger than the run, counts as its default. data: human-
     readable name of what identity["data"] tells apart. unused: names of settings that the stage does not use."""
     folder = Path(settings.output)
     path = folder / "settings.json"
-    if not path.exists():
+    if not path.exists() or not was_trained(folder):
         if (folder / "results.json").exists():
             raise UserError(f"{folder}: holds the results of a test; give another --output")
         return
@@ -81,10 +88,20 @@ def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Col
         raise UserError(f"{folder}: holds a run on other {data} now; give another --output")
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for name, value in identity.items():
+        if name in unused or name not in recorded and name not in defaults:  # the latter: not recorded at that time
+            continue
         before = recorded.get(name, defaults.get(name))
-        if before != value and name not in unused:
+        if before != value:
             raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}; "
                             "give the settings it was started with, or another --output")
+
+
+def check_test_flags(settings: Any, names: Collection[str]) -> None:
+    """Raise UserError for a flag of `names`, those of a test alone, that is given without --test-only."""
+    for name in names:
+        if not settings.test_only and getattr(settings, name) not in ("", None):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: is for a test alone; give "
+                            "--test-only too, or leave it out")
 
 
 def check_test_output(settings: Any, weights: Path) -> None:

@@ -74,9 +74,14 @@ def one_line(error: BaseException) -> str:
     return message if len(message) < 2000 else f"{message[:1000]} ... {message[-500:]}"
 
 
+# Windows has no SIGHUP.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
 class StopSignals:
-    """While entered, Ctrl-C (SIGINT) and SIGTERM, with which clusters end a job, are only recorded in `received` (0 for
-    none), so that the work can stop at a point where its files are complete. A second Ctrl-C raises KeyboardInterrupt.
+    """While entered, Ctrl-C (SIGINT), SIGTERM, with which clusters end a job, and SIGHUP, the end of a connection, are
+    only recorded in `received` (0 for none), so that the work can stop at a point where its files are complete. A
+    second Ctrl-C raises KeyboardInterrupt.
 
     tell: called with the number of each signal."""
 
@@ -85,7 +90,7 @@ class StopSignals:
         self.tell = tell
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,6 +23,7 @@ from common.files import (
     save_checkpoint,
     write_json,
 )
+from common.flags import was_trained
 from common.precision import PRECISIONS, computes_in, known_precision, resolve_precision
 from common.runtime import (
     Stopped,
@@ -147,7 +148,7 @@ def record_settings(settings: Any, identity: dict[str, Any], description: dict[s
     folder = Path(settings.output)
     if rank() == 0:
         remove_partials(folder)
-        if not (folder / "settings.json").exists():
+        if not was_trained(folder):
             machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
             write_json(folder / "settings.json", {**identity, **machine})
 
@@ -206,8 +207,10 @@ def resume(run: TrainingRun) -> None:
             raise UserError(f"{last}: not a checkpoint that this run can go on from ({error})") from None
     if run.settings.resume:
         trim_log(last.with_name("log.jsonl"), run.epoch)
-    if is_resumed(run.settings):
-        say(f"resumed: {last}, {progress(run)} done")
+        if last.exists():
+            say(f"resumed: {last}, {progress(run)} done")
+        else:
+            say(f"--resume: no checkpoint in {last.parent} yet; a new run begins")
 
 
 def trim_log(path: Path, epochs: int) -> None:

@@ -20,12 +20,19 @@ def read_rows(rows):
         if not equals or not name or name in found:
             raise UserError(f"{row}: expected NAME=FOLDER,FOLDER, with another name in each row")
         found[name] = [read_results(Path(folder) / "results.json") for folder in folders.split(",")]
-    measured = {(results["metric"], results["images"]): path
-                for path, all_results in found.items() for results in all_results}
-    if len(measured) > 1:
+    tests = {test_of(results): name for name, all_results in found.items() for results in all_results}
+    if len(tests) > 1:
         raise UserError("the runs were not tested alike: " + "; ".join(
-            f"{name} by {metric} on {images} images" for (metric, images), name in measured.items()))
+            f"{name} by {metric} with {suppression} on {images} images {digest}"
+            for (metric, suppression, images, digest), name in tests.items()))
     return found
+
+
+def test_of(results):
+    """(metric, suppression, number of images, digest of images and boxes) of a test. An older version did not record
+    the digest."""
+    return (results["metric"], results.get("settings", {}).get("suppression", "nms"), results["images"],
+            results.get("test_images", ""))
 
 
 def read_results(path):

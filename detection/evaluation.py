@@ -21,7 +21,7 @@ from common.runtime import (
 )
 from detection import pictures
 from detection.checkpoint import load_detector
-from detection.data.annotations import read_annotations
+from detection.data.annotations import fingerprint, read_annotations
 from detection.data.batches import DetectionDataset, loader, read_image, test_draws
 from detection.inference import detect, inference_network
 from detection.metrics.coco_ap import coco_ap
@@ -109,7 +109,8 @@ def test(settings, weights, device):
     curves = results.pop("curves")
     results = {
         "dataset": data_name(settings.test), "stage": description["stage"], "epoch": description["epoch"],
-        "weights": str(weights), "weights_sha256": sha256_of(weights), **results,
+        "test_images": fingerprint(annotations), "weights": str(weights), "weights_sha256": sha256_of(weights),
+        **results,
         "settings": test_settings(settings), "short": preprocessing["short"], "long": preprocessing["long"],
         **cost(network, preprocessing, device, precision), "device": device_name(device), "precision": precision,
         "versions": library_versions(),

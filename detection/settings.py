@@ -5,7 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.flags import check_range, epochs_list, parse_flags, run_identity, setting
+from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
 from common.runtime import UserError
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import BOX_LOSSES
@@ -110,6 +110,7 @@ def parse_settings(stage, settings, description, argv=None):
             paths[name] = value
     settings = dataclasses.replace(settings, **paths)
     check_ranges(settings)
+    check_test_flags(settings, ("weights",))
     return settings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.charts import optional_picture
-from common.files import save_checkpoint
+from common.files import save_checkpoint, sha256_of
 from common.flags import check_output
 from common.runtime import (
     UserError,
@@ -41,7 +41,7 @@ from recognition.evaluation import TestSet, evaluate, read_checkpoint, test, tes
 from recognition.losses import DRW_START, classification_loss
 from recognition.run import Run, describe_run, start_run
 from recognition.settings import Settings, identity_of_run, judged_on, parse_settings, unused_settings
-from recognition.stage import Lists, Stage, read_lists
+from recognition.stage import Lists, Stage, read_lists, teacher_paths
 
 DROWNED = 10  # times the classification loss: a distillation term above it drowns the labels
 
@@ -90,7 +90,9 @@ def check_run(stage: Stage, settings: Settings, device: torch.device) -> tuple[s
     the `Lists`, and the `identity_of_run`."""
     check_possible(stage, settings)
     lists, precision = read_lists(stage, settings), run_precision(settings, device)
-    identity = identity_of_run(stage.name, settings, precision, fingerprint(lists.info, lists.by_split()))
+    # Absent teachers are an error of `start_run`; a finished run needs them no more.
+    teachers = {name: sha256_of(path) for name, path in teacher_paths(stage, settings).items() if path.is_file()}
+    identity = identity_of_run(stage.name, settings, precision, fingerprint(lists.info, lists.by_split()), teachers)
     if rank() == 0:
         check_output(settings, identity, f"lists, classes or groups than {settings.data_root} has",
                      unused_settings(stage))

@@ -24,7 +24,7 @@ from common.runtime import (
     sum_over_processes,
     world_size,
 )
-from dataset import DatasetInfo, ImageDataset, class_counts, network_input, read_info
+from dataset import DatasetInfo, ImageDataset, class_counts, fingerprint, network_input, read_info
 from recognition import report
 from recognition.inference import Predictions, batch_size, logits_function
 from recognition.mistakes import draw_mistakes
@@ -126,7 +126,8 @@ def test(stage: Stage, settings: Settings, checkpoint: Checkpoint, test_set: Tes
     results = {
         "dataset": info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
         "selected_on": description["selected_on"], "epoch": description["epoch"],
-        "weights": str(checkpoint.path), "weights_sha256": sha256_of(checkpoint.path),
+        "test_images": images_fingerprint(test_set), "weights": str(checkpoint.path),
+        "weights_sha256": sha256_of(checkpoint.path),
         **report.accuracies(confusion, info, test_set.classes, class_counts(test_set.train_labels, num_classes)),
         **measure(network, settings.image_size, device, precision), "image_size": settings.image_size,
         "device": device_name(device), "precision": precision, "versions": library_versions(),
@@ -135,6 +136,11 @@ def test(stage: Stage, settings: Settings, checkpoint: Checkpoint, test_set: Tes
     report.write_results(Path(settings.output), results)
     draw_pictures(Path(settings.output), results, test_set, predictions)
     return results
+
+
+def images_fingerprint(test_set: TestSet) -> str:
+    """16 hexadecimal digits that change with the classes, the groups, and the images of a test with their labels."""
+    return fingerprint(test_set.info, {"test": test_set.images.samples})
 
 
 def draw_pictures(folder: Path, results: dict[str, Any], test_set: TestSet, predictions: Predictions) -> None:

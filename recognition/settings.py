@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.flags import check_range, epochs_list, parse_flags, run_identity, setting
+from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
 from dataset import GROUPS
 
 TEACHER_BATCH_NORM = ("train", "own", "recalibrated", "eval")  # the first is the default
@@ -106,6 +106,7 @@ def parse_settings(stage, settings: Settings, description: str | None,
         output = str(Path(output).parent / f"test_{weights.parent.name}_{weights.stem}")
     settings = dataclasses.replace(settings, output=output.replace("{data}", data).replace("{stage}", stage.name))
     check_ranges(settings)
+    check_test_flags(settings, ("weights", "expect_accuracy"))
     return settings, given
 
 
@@ -123,8 +124,11 @@ def judged_on(settings: Settings) -> str:
     return "test" if settings.select == "test" else "val"
 
 
-def identity_of_run(stage: str, settings: Settings, precision: str, data: str) -> dict[str, Any]:
+def identity_of_run(stage: str, settings: Settings, precision: str, data: str,
+                    teachers: dict[str, str]) -> dict[str, Any]:
     """The plain values that identify a run: two runs with equal ones compute the same on the same device.
 
-    precision: fp32 or bf16, also where the setting is `auto`. data: the `dataset.fingerprint` of its data set."""
-    return run_identity(stage, settings, NOT_PART_OF_A_RUN, precision=precision, data=data)
+    precision: fp32 or bf16, also where the setting is `auto`. data: the `dataset.fingerprint` of its data set.
+    teachers: {name: SHA-256 of its checkpoint}."""
+    digests = {f"{name}_sha256": digest for name, digest in teachers.items()}
+    return run_identity(stage, settings, NOT_PART_OF_A_RUN, precision=precision, data=data, **digests)

@@ -146,16 +146,18 @@ def initial_weights(stage, settings) -> str:
     return str(path)
 
 
+def teacher_paths(stage, settings) -> dict[str, Path]:
+    """{teacher: the path of its checkpoint}, from its flag or in the folder beside --output; empty without
+    distillation."""
+    teachers = stage.teachers if settings.distillation else ()
+    return {name: Path(getattr(settings, name) or best_checkpoint_beside(settings, name)) for name in teachers}
+
+
 def teacher_weights(stage, settings) -> dict[str, Path]:
-    """{teacher: its checkpoint}, from its flag or from the folder beside --output; empty without distillation. Raises
-    UserError for an absent file."""
-    if not settings.distillation:
-        return {}
-    weights = {}
-    for name in stage.teachers:
-        given = getattr(settings, name)
-        weights[name] = Path(given) if given else best_checkpoint_beside(settings, name)
-        require(weights[name], stage.script_prefix + SCRIPTS[name], name, f"--{name}")
+    """The `teacher_paths`. Raises UserError for an absent file."""
+    weights = teacher_paths(stage, settings)
+    for name, path in weights.items():
+        require(path, stage.script_prefix + SCRIPTS[name], name, f"--{name}")
     return weights
 
 

@@ -96,12 +96,40 @@ def test_a_test_of_weights_has_a_folder_of_its_own():
 
 def test_a_folder_is_resumed_whatever_it_recorded_of_settings_that_its_stage_does_not_use(tmp_path):
     settings = Settings(output=str(tmp_path), resume=True)
-    identity = identity_of_run("t1", settings, "fp32", "data")
+    identity = identity_of_run("t1", settings, "fp32", "data", {})
+    (tmp_path / "last.pt").touch()
     younger = {name: value for name, value in identity.items() if name != "logit_adjustment"}
     write_json(tmp_path / "settings.json", {**younger, "feature_cache": 5.0, "t3": "elsewhere/best.pt"})
     check_output(settings, identity, "lists", unused_settings(baseline_cl_t1.STAGE))
     with pytest.raises(UserError, match="holds a run with feature-cache 5.0, not 0.0"):
         check_output(settings, identity, "lists", unused_settings(baseline_cl_t2.STAGE))
+
+
+def test_a_folder_in_which_nothing_was_trained_is_free(tmp_path):
+    write_json(tmp_path / "settings.json", {"stage": "t1", "epochs": 7})
+    settings = Settings(output=str(tmp_path))
+    check_output(settings, identity_of_run("t1", settings, "fp32", "data", {}), "lists")
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(UserError, match="holds a run already"):
+        check_output(settings, identity_of_run("t1", settings, "fp32", "data", {}), "lists")
+
+
+def test_a_run_does_not_go_on_with_other_teachers_in_the_same_files(tmp_path):
+    settings = Settings(output=str(tmp_path), resume=True)
+    (tmp_path / "last.pt").touch()
+    identity = identity_of_run("t2", settings, "fp32", "data", {"t1": "0123"})
+    write_json(tmp_path / "settings.json", identity)
+    check_output(settings, identity, "lists")
+    with pytest.raises(UserError, match="holds a run with t1-sha256 0123, not 4567"):
+        check_output(settings, {**identity, "t1_sha256": "4567"}, "lists")
+    write_json(tmp_path / "settings.json", {name: value for name, value in identity.items() if name != "t1_sha256"})
+    check_output(settings, identity, "lists")  # of a version that did not record it
+
+
+@pytest.mark.parametrize("flags", [["--weights", "x.pt"], ["--expect-accuracy", "88.73"]])
+def test_the_flags_of_a_test_are_refused_in_training(flags):
+    with pytest.raises(UserError, match=f"{flags[0]} {flags[1]}: is for a test alone"):
+        parse_settings(baseline_cl_s_weight.STAGE, Settings(), "", flags)
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"image_size": 16}, {"lr": -1.0},

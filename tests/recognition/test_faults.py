@@ -35,7 +35,7 @@ def test_a_student_killed_at_random_moments_ends_as_one_never_killed(tiny, teach
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # SIGTERM: below
 def test_a_signal_leaves_a_checkpoint_from_which_the_very_step_goes_on(tiny, tmp_path, monkeypatch, capsys, number):
     flags = ("--data-root", tiny, "--init", "none", *QUICK)
     stop_at_step(monkeypatch, 3, number)
