@@ -44,6 +44,14 @@ def corners_of(bbox: Any, where: str) -> tuple[float, float, float, float]:
     return x, y, x + width, y + height
 
 
+def is_crowd(entry: dict[str, Any], where: str) -> bool:
+    """Whether an annotation is of a crowd. Raises UserError where `iscrowd` is anything but 0 or 1."""
+    crowd = entry.get("iscrowd", 0)
+    if type(crowd) not in (int, bool) or crowd not in (0, 1):
+        raise UserError(f"{where}: iscrowd {str(crowd)[:40]!r}; expected 0 or 1")
+    return bool(crowd)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value from a file is a number that may measure an image."""
     return type(value) in (int, float) and -LARGEST < value < LARGEST  # false for NaN, too

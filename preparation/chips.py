@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common.coco import corners_of, read_coco_file
+from common.coco import corners_of, is_crowd, read_coco_file
 from common.dota import find_dota_files, horizontal_box, read_label_file
 from common.images import decode_grey, existing_folders, image_size, large_images, unreadable
 from common.runtime import UserError
@@ -140,7 +140,7 @@ def _read_coco_file(content, path, categories, margin, images, skipped):
     places, located, samples, crowds = _image_places(path, images), {}, [], 0
     for number, annotation in enumerate(content.annotations):
         where = f"{path}: annotation {annotation.get('id', f'number {number}')}"
-        if annotation.get("iscrowd"):
+        if is_crowd(annotation, where):
             crowds += 1
             continue
         image_id, category = str(annotation.get("image_id")), annotation.get("category_id")

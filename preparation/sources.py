@@ -146,15 +146,14 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
 def class_names(folders: list[str]) -> tuple[list[str], list[str]]:
     """Folder names -> (folder names in class order, class names).
 
-    Where every name begins with an ordering number ("07_tug", "7-tug"), the numbers order the classes and are left out
-    of their names, unless two names would then be equal."""
+    Where every name begins with an id ("07_tug", "7-tug") and the ids are 0, 1, 2, ... or 1, 2, 3, ..., they order the
+    classes and are left out of their names, unless two names would then be equal. Other numbers ("737 MAX", "0-10 m")
+    are parts of the names."""
     ordered = sorted(folders, key=natural_key)
-    numbered = [re.fullmatch(r"\d+[-_. ]+(.*\D.*)", name) for name in ordered]
-    if all(numbered):
-        names = [match[1] for match in numbered]
-        if len(set(names)) == len(names):
-            return ordered, names
-    return ordered, ordered
+    numbered = [match for match in (re.fullmatch(r"(\d+)[-_. ]+(.*\D.*)", name) for name in ordered) if match]
+    ids, names = [int(match[1]) for match in numbered], [match[2] for match in numbered]
+    consecutive = ids and ids[0] in (0, 1) and ids == list(range(ids[0], ids[0] + len(ordered)))
+    return ordered, names if consecutive and len(set(names)) == len(names) else ordered
 
 
 def read_folders(path: str | Path) -> Source:
@@ -172,6 +171,8 @@ def read_folders(path: str | Path) -> Source:
         notes.append("val/ is not used: the validation part is held out of train/ (see --val-fraction)")
     roots = [root / "train", root / "test"] if nested else [root]
     folders, classes = class_names([folder.name for folder in subfolders(roots[0])])
+    if classes != folders:
+        notes.append(f"the folders' ids are not parts of the class names: {folders[0]!r} is {classes[0]!r}, and so on")
     if not folders:
         raise UserError(f"{root}: no class folders here; expected one folder of images a class")
     for other in roots[1:]:

@@ -2,7 +2,7 @@
 
 import os
 
-from common.coco import LARGEST, corners_of, is_number, read_coco_file
+from common.coco import LARGEST, corners_of, is_crowd, is_number, read_coco_file
 from common.images import existing_folders
 from common.runtime import UserError
 from detection.data.records import Annotations, clip, noting, record_of
@@ -69,7 +69,9 @@ def _coco_object(entry, sizes, label_of, where, findings):
     area = entry.get("area")
     if area is not None and not (is_number(area) and area >= 0):
         raise UserError(f"{where}: area {str(area)[:40]}; expected a number of at least 0")
+    if area == 0:  # which no box with a width and a height has
+        area = None
     if bbox[3] == 0 and COCO_EMPTY.get(image_id) == bbox[:2]:
         return None
     box = clip(corners, sizes[image_id], where, bbox, findings)
-    return box, label_of[category], bool(entry.get("iscrowd")), area
+    return box, label_of[category], is_crowd(entry, where), area

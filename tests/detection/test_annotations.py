@@ -135,6 +135,7 @@ NAN, HUGE = float("nan"), 10**400
     ({"bbox": [1, 2, 3, 4], "image_id": "7"}, "image_id 7 is unknown"),
     ({"bbox": [1, 2, 3, 4], "area": NAN}, "area nan; expected a number of at least 0"),
     ({"bbox": [1, 2, 3, 4], "area": -1}, "area -1; expected"),
+    ({"bbox": [1, 2, 3, 4], "iscrowd": "0"}, "iscrowd '0'; expected 0 or 1"),
 ])
 def test_a_bad_coco_annotation_is_named(tmp_path, entry, words):
     refused(coco(tmp_path, [{"bbox": [0, 0, 5, 5]}, entry]), f"{tmp_path / 'train.json'}: annotation 101", words)
@@ -321,11 +322,12 @@ def test_deeply_nested_xml_does_not_end_the_program(tmp_path):
 def test_training_leaves_out_difficult_and_tiny_objects_and_tiny_images_but_not_images_without_objects(tmp_path):
     path = coco(tmp_path, [{"bbox": [1, 2, 3, 4]}, {"bbox": [1, 2, 3, 4], "iscrowd": 1}, {"bbox": [1, 2, 0.9, 4]},
                            {"bbox": [1, 2, 3, 0.9]}, {"bbox": [5, 5, 1, 1], "category_id": 9},
-                           {"bbox": [1, 2, 3, 4], "area": 0}, {"bbox": [1, 2, 3, 4], "image_id": 3, "iscrowd": 1}])
+                           {"bbox": [1, 2, 3, 5], "area": 0}, {"bbox": [1, 2, 3, 4], "image_id": 3, "iscrowd": 1}])
     found = read_annotations(path)
     first, second = for_training(found).records
-    assert first.boxes.tolist() == [[1, 2, 4, 6], [5, 5, 6, 6]] and first.labels.tolist() == [0, 1]
-    assert not first.difficult.any() and first.areas.tolist() == [12, 1] and first.image_id == 7
+    assert first.boxes.tolist() == [[1, 2, 4, 6], [5, 5, 6, 6], [1, 2, 4, 7]] and first.labels.tolist() == [0, 1, 0]
+    # An area of 0, which some tools write for none, is that of the box.
+    assert not first.difficult.any() and first.areas.tolist() == [12, 1, 15] and first.image_id == 7
     assert second.image_id == 3 and second.boxes.shape == (0, 4) and second.labels.shape == (0,)
     assert len(for_training(found, min_side=40).records) == 2 and for_training(found, min_side=41).records == []
     assert len(found.records[0].labels) == 6 and for_training(found).classes == found.classes

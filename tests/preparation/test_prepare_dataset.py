@@ -114,12 +114,16 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path, arguments,
 
 @pytest.mark.parametrize("folders, classes", [
     (["class10", "class9", "class1"], ["class1", "class9", "class10"]),
-    (["10_tug", "9_ferry", "07-barge"], ["barge", "ferry", "tug"]),
+    (["3_tug", "02_ferry", "1-barge"], ["barge", "ferry", "tug"]),
+    ([f"{i:02d}_{name}" for i, name in enumerate("abcdefghijk")], list("abcdefghijk")),
+    (["10_tug", "9_ferry", "07-barge"], ["07-barge", "9_ferry", "10_tug"]),
+    (["0-10 m", "10-20 m", "20-30 m"], ["0-10 m", "10-20 m", "20-30 m"]),
+    (["737 MAX", "2019 flood"], ["737 MAX", "2019 flood"]),
     (["1_ship", "2_ship", "3_tug"], ["1_ship", "2_ship", "3_tug"]),
     (["2_ship", "1_tug", "boat"], ["1_tug", "2_ship", "boat"]),
     (["10", "9", "0"], ["0", "9", "10"]),
 ])
-def test_folders_are_in_natural_order_and_lose_their_ordering_number(tmp_path, folders, classes):
+def test_folders_are_in_natural_order_and_lose_their_ids(tmp_path, folders, classes):
     prepare("folders", draw_folders(tmp_path / "s", {name: 2 + i for i, name in enumerate(folders)}), tmp_path / "d")
     assert read_info(tmp_path / "d").classes == classes
 
@@ -430,6 +434,7 @@ def test_coco_crops_squares_in_category_order(tmp_path, capsys):
     (coco([(4, [0, 0, 5, 5])]), "annotation 100: image_id 5 or category_id 4"),
     (coco([(3, [0, 0, -5, 5])]), r"annotation 100: bbox \[0, 0, -5, 5\] has a negative"),
     (coco([(3, [0, 0, 5])]), "annotation 100: bbox"),
+    ({**coco([]), "annotations": [{"id": 7, "iscrowd": "1"}]}, "annotation 7: iscrowd '1'; expected 0 or 1"),
     (coco([(3, [0, 0, 5, 5])], [(3, "a"), (4, "a")]), "the same id or the same name"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5, "file_name": "two.jpg"}]), "image two.jpg is not beside"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5, "file_name": "one.jpg", "width": 6, "height": 4}]), "says 6 x 4"),
