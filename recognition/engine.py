@@ -44,6 +44,7 @@ from recognition.settings import Settings, identity_of_run, judged_on, parse_set
 from recognition.stage import Lists, Stage, read_lists, teacher_paths
 
 DROWNED = 10  # times the classification loss: a distillation term above it drowns the labels
+LEARNED = 0.3  # a classification loss below it: the labels are learned, whatever is far above it
 
 
 def run_stage(stage: Stage, settings: Settings, description: str | None, argv: Sequence[str] | None = None) -> None:
@@ -196,8 +197,8 @@ def warn_of_drowned_labels(run: Run, record: dict[str, Any]) -> None:
     """Print one line, once a run, if a distillation term of an epoch is far above the classification loss."""
     labels = record[loss_term(run.settings)]
     for name, value in record.items():
-        if name.startswith("mse_") and value > DROWNED * labels and not run.warned:
+        if name.startswith("mse_") and value > DROWNED * labels > DROWNED * LEARNED and not run.warned:
             run.warned = True
-            say(f"note: {name} is {value / max(labels, 1e-6):.0f} times the classification loss, so this stage learns "
+            say(f"note: {name} is {value / labels:.0f} times the classification loss, so this stage learns "
                 "to imitate and hardly from the labels; usual reasons: teachers that normalise by other statistics "
                 "than this network (give --teacher-batch-norm train), or started from another --init")

@@ -335,6 +335,7 @@ def test_bf16_trains_too_and_the_last_epoch_can_be_kept(tiny, tmp_path, monkeypa
 def test_labels_drowned_by_imitation_are_said_once(capsys):
     run = SimpleNamespace(settings=Settings(), warned=False)
     engine.warn_of_drowned_labels(run, {"epoch": 1, "cross_entropy": 2.0, "mse_t1": 19.9, "mse_t2": 3.0})
+    engine.warn_of_drowned_labels(run, {"epoch": 9, "cross_entropy": 0.001, "mse_t1": 0.2})  # the labels are learned
     assert not capsys.readouterr().out
     for _ in range(2):
         engine.warn_of_drowned_labels(run, {"epoch": 2, "cross_entropy": 2.0, "mse_t1": 3.0, "mse_t2": 60.0})
