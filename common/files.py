@@ -68,6 +68,22 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error})") from None
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which the system drops when the process dies; nothing where the system or the
+    file system has no such locks. Raises UserError where another process holds it."""
+    with open(path, "rb") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent}: another run is at work here; give another --output") from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def list_lines(path: str | Path) -> list[tuple[int, str]]:
     """[(number, line)] of the lines of a list file that are not blank. Raises UserError for a file without any."""
     if not os.path.isfile(path):

@@ -1,10 +1,11 @@
 """The training loop of any network: steps and epochs, with checkpoints from which a run goes on as if it had never been
 stopped. The network, its data and its losses are up to the caller."""
 
+import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from common.files import (
     append_json_line,
     atomic_path,
     load_checkpoint,
+    locked,
     read_json,
     read_json_lines,
     remove_partials,
@@ -142,15 +144,22 @@ def sgd(parameters: Iterable[torch.nn.Parameter], settings: Any, device: torch.d
                            fused=device.type in ("cpu", "cuda"))
 
 
-def record_settings(settings: Any, identity: dict[str, Any], description: dict[str, Any]) -> None:
-    """Write settings.json into a new run's folder, on the first process only, and remove what killed processes have
-    left there. identity: the run's `run_identity`. description: the metadata of its checkpoints."""
-    folder = Path(settings.output)
-    if rank() == 0:
-        remove_partials(folder)
-        if not was_trained(folder):
-            machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
-            write_json(folder / "settings.json", {**identity, **machine})
+@contextlib.contextmanager
+def run_folder(settings: Any, identity: dict[str, Any], description: dict[str, Any]) -> Iterator[None]:
+    """While entered, no other process can train in the folder of a run: its settings.json is locked. The first process
+    writes that file for a new run, and removes what killed processes have left. identity: the run's `run_identity`.
+    description: the metadata of its checkpoints. Raises UserError where another process trains there."""
+    path = Path(settings.output) / "settings.json"
+    with contextlib.ExitStack() as locks:
+        if rank() == 0:
+            if path.exists():
+                locks.enter_context(locked(path))
+            remove_partials(path.parent)
+            if not was_trained(path.parent):
+                machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
+                write_json(path, {**identity, **machine})
+                locks.enter_context(locked(path))
+        yield
 
 
 def is_finished(settings: Any) -> bool:

@@ -27,8 +27,8 @@ from common.training import (
     check_common_settings,
     is_finished,
     is_resumed,
-    record_settings,
     resume,
+    run_folder,
     run_precision,
     say_finished,
     sgd,
@@ -134,11 +134,11 @@ def train(method, settings, device):
         say_finished(settings)
         return
     run = start_run(method, settings, train_annotations, test_annotations, run_identity, device, precision)
-    record_settings(settings, run_identity, run.description)
-    train_epochs(run, trained_form(run), run.batches, train_step, finish_epoch)
-    if rank() == 0:
-        pictures.draw_curves(read_json_lines(folder / "log.jsonl"), folder / "curves.png")
-    test(settings, folder / "final.pt", device)
+    with run_folder(settings, run_identity, run.description):
+        train_epochs(run, trained_form(run), run.batches, train_step, finish_epoch)
+        if rank() == 0:
+            pictures.draw_curves(read_json_lines(folder / "log.jsonl"), folder / "curves.png")
+        test(settings, folder / "final.pt", device)
 
 
 def teacher_sha256(settings):

@@ -27,7 +27,7 @@ from common.training import (
     check_batch_norm_has_pixels,
     check_common_settings,
     is_finished,
-    record_settings,
+    run_folder,
     run_precision,
     say_finished,
     to_device,
@@ -74,16 +74,16 @@ def train(stage: Stage, settings: Settings, device: torch.device) -> None:
         return
     run = start_run(stage, settings, lists, device, precision)
     run.description = describe_run(run, identity)
-    record_settings(settings, identity, run.description)
-    train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
-    chosen = "last" if settings.select == "last" else "best"
-    say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
-    if rank() == 0:
-        with optional_picture(folder / "curves.png"):
-            report.draw_curves(folder)
-    data = run.data
-    checkpoint = read_checkpoint(folder / "best.pt", data.info)
-    test(stage, settings, checkpoint, TestSet(data.info, data.classes, data.test, data.train.labels), device)
+    with run_folder(settings, identity, run.description):
+        train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
+        chosen = "last" if settings.select == "last" else "best"
+        say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")
+        if rank() == 0:
+            with optional_picture(folder / "curves.png"):
+                report.draw_curves(folder)
+        data = run.data
+        checkpoint = read_checkpoint(folder / "best.pt", data.info)
+        test(stage, settings, checkpoint, TestSet(data.info, data.classes, data.test, data.train.labels), device)
 
 
 def check_run(stage: Stage, settings: Settings, device: torch.device) -> tuple[str, Lists, dict[str, Any]]:
