@@ -4,6 +4,7 @@ On every process they draw the same GLOBAL batch, from generators with the same 
 an epoch is ceil(N / batch) full batches, or several passes of so many; the `state_dict` after any batch is all that a
 resumed run needs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-class GlobalBatchSampler(Sampler):
+class GlobalBatchSampler(Sampler, ABC):
     """The steps of an epoch, and this process's share of each global batch; kinds of samplers differ in `draw`.
 
     labels: (N,) class ids of the images. batch_size: images of the global batch, a multiple of world_size."""
@@ -41,9 +42,9 @@ class GlobalBatchSampler(Sampler):
             yield batch[self.slice].tolist()
         self.step = 0
 
+    @abstractmethod
     def draw(self) -> torch.Tensor:
         """The next global batch, (batch_size,) int64 image indices."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, from which `load_state_dict` goes on with the batch after the last one drawn."""

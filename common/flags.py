@@ -72,13 +72,13 @@ def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Col
     and --resume is not given, or the results of a test.
 
     A folder with settings.json alone, of a run that was killed before it had trained, is free. A setting that
-    settings.json lacks, being younger than the run, counts as its default. data: human-
-    readable name of what identity["data"] tells apart. unused: names of settings that the stage does not use."""
+    settings.json lacks, being younger than the run, counts as its default. data: human-readable name of what
+    identity["data"] tells apart. unused: names of settings that the stage does not use."""
     folder = Path(settings.output)
     path = folder / "settings.json"
+    if not path.exists() and (folder / "results.json").exists():
+        raise UserError(f"{folder}: holds the results of a test; give another --output")
     if not path.exists() or not was_trained(folder):
-        if (folder / "results.json").exists():
-            raise UserError(f"{folder}: holds the results of a test; give another --output")
         return
     if not settings.resume:
         raise UserError(f"{folder}: holds a run already; go on with it by --resume, or give another --output")

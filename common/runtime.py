@@ -74,14 +74,10 @@ def one_line(error: BaseException) -> str:
     return message if len(message) < 2000 else f"{message[:1000]} ... {message[-500:]}"
 
 
-# Windows has no SIGHUP.
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-
-
 class StopSignals:
     """While entered, Ctrl-C (SIGINT), SIGTERM, with which clusters end a job, and SIGHUP, the end of a connection, are
     only recorded in `received` (0 for none), so that the work can stop at a point where its files are complete. A
-    second Ctrl-C raises KeyboardInterrupt.
+    second Ctrl-C raises KeyboardInterrupt. Under nohup, which ignores SIGHUP, the work outlives the connection.
 
     tell: called with the number of each signal."""
 
@@ -90,7 +86,10 @@ class StopSignals:
         self.tell = tell
 
     def __enter__(self) -> "StopSignals":
-        self.before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

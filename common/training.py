@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,22 +144,38 @@ def sgd(parameters: Iterable[torch.nn.Parameter], settings: Any, device: torch.d
                            fused=device.type in ("cpu", "cuda"))
 
 
-@contextlib.contextmanager
-def run_folder(settings: Any, identity: dict[str, Any], description: dict[str, Any]) -> Iterator[None]:
-    """While entered, no other process can train in the folder of a run: its settings.json is locked. The first process
-    writes that file for a new run, and removes what killed processes have left. identity: the run's `run_identity`.
-    description: the metadata of its checkpoints. Raises UserError where another process trains there."""
-    path = Path(settings.output) / "settings.json"
-    with contextlib.ExitStack() as locks:
-        if rank() == 0:
-            if path.exists():
-                locks.enter_context(locked(path))
-            remove_partials(path.parent)
-            if not was_trained(path.parent):
-                machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
-                write_json(path, {**identity, **machine})
-                locks.enter_context(locked(path))
-        yield
+class RunFolder:
+    """The folder of a run, which is this run's alone while entered: its settings.json is locked. Entered before the run
+    is read from there; `record` then writes settings.json for a new run, and removes what killed processes have left.
+    Both act on the first process only, and raise UserError where another run is at work in the folder."""
+
+    def __init__(self, settings: Any):
+        self.path = Path(settings.output) / "settings.json"
+        self.locks = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunFolder":
+        self._lock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.locks.close()
+
+    def record(self, identity: dict[str, Any], description: dict[str, Any]) -> None:
+        """identity: the run's `run_identity`. description: the metadata of its checkpoints."""
+        if rank() != 0:
+            return
+        if not self.is_locked:  # another run may have begun since
+            self._lock()
+        remove_partials(self.path.parent)
+        if not was_trained(self.path.parent):
+            machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
+            write_json(self.path, {**identity, **machine})
+            self._lock()  # this file has taken the place of the one that was locked
+
+    def _lock(self) -> None:
+        self.is_locked = rank() == 0 and self.path.is_file()
+        if self.is_locked:
+            self.locks.enter_context(locked(self.path))
 
 
 def is_finished(settings: Any) -> bool:

@@ -22,13 +22,13 @@ from common.runtime import (
     world_size,
 )
 from common.training import (
+    RunFolder,
     TrainingRun,
     check_batch_norm_has_pixels,
     check_common_settings,
     is_finished,
     is_resumed,
     resume,
-    run_folder,
     run_precision,
     say_finished,
     sgd,
@@ -48,7 +48,7 @@ from detection.geometry.anchors import pyramid_sizes
 from detection.methods.method import Method, Step
 from detection.network.backbone import initialise
 from detection.network.detector import Detector
-from detection.settings import data_name, identity, parse_settings
+from detection.settings import data_name, identity_of_run, parse_settings
 
 FLIP = 0.5  # probability that a training image is mirrored
 WARMUP_RATIO = 0.001  # of the learning rate, where it starts
@@ -126,15 +126,16 @@ def train(method, settings, device):
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
     test_annotations = read_test_annotations(settings, train_annotations.classes)
     precision = run_precision(settings, device)
-    run_identity = identity(method.name, settings, precision, fingerprint(train_annotations),
-                            **({"teacher_sha256": teacher_sha256(settings)} if method.load_teacher else {}))
+    digests = {"teacher_sha256": teacher_sha256(settings)} if method.load_teacher else {}
+    identity = identity_of_run(method.name, settings, precision, fingerprint(train_annotations), **digests)
     if rank() == 0:
-        check_output(settings, run_identity, f"images, boxes or classes than {settings.train} has")
+        check_output(settings, identity, f"images, boxes or classes than {settings.train} has")
     if is_finished(settings):
         say_finished(settings)
         return
-    run = start_run(method, settings, train_annotations, test_annotations, run_identity, device, precision)
-    with run_folder(settings, run_identity, run.description):
+    with RunFolder(settings) as run_folder:
+        run = start_run(method, settings, train_annotations, test_annotations, identity, device, precision)
+        run_folder.record(identity, run.description)
         train_epochs(run, trained_form(run), run.batches, train_step, finish_epoch)
         if rank() == 0:
             pictures.draw_curves(read_json_lines(folder / "log.jsonl"), folder / "curves.png")
@@ -149,18 +150,18 @@ def teacher_sha256(settings):
     return sha256_of(settings.teacher)
 
 
-def describe_run(method, settings, annotations, run_identity, device):
+def describe_run(method, settings, annotations, identity, device):
     """The metadata of the run's checkpoints, plain values. annotations: those to train on."""
     return {"stage": method.name, "classes": list(annotations.classes),
             "model": describe_model(method.architecture(settings)),
             "preprocessing": describe_preprocessing(settings.short[1], settings.long), "epoch": 0,
-            "dataset": data_name(settings.train), "settings": run_identity, "device": device_name(device),
+            "dataset": data_name(settings.train), "settings": identity, "device": device_name(device),
             "processes": world_size(), "versions": library_versions()}
 
 
-def start_run(method, settings, train_annotations, test_annotations, run_identity, device, precision):
+def start_run(method, settings, train_annotations, test_annotations, identity, device, precision):
     """A Run, new or resumed."""
-    description = describe_run(method, settings, train_annotations, run_identity, device)
+    description = describe_run(method, settings, train_annotations, identity, device)
     teacher = method.load_teacher(settings, description, device, precision) if method.load_teacher else None
     torch.manual_seed(settings.seed)  # again: the same weights to start from, whatever was read before
     num_classes = len(train_annotations.classes)

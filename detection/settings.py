@@ -134,7 +134,7 @@ def check_ranges(settings):
         raise UserError(f"--channels {settings.channels}: expected a multiple of 32, the groups of the group norms")
 
 
-def identity(stage, settings, precision, data, **more):
+def identity_of_run(stage, settings, precision, data, **more):
     """The plain values that identify a run: two runs with equal ones compute the same on the same device.
 
     precision: resolved, `fp32` or `bf16`. data: the fingerprint of the annotations to train on. more: the digest of

@@ -24,10 +24,10 @@ from common.runtime import (
     world_size,
 )
 from common.training import (
+    RunFolder,
     check_batch_norm_has_pixels,
     check_common_settings,
     is_finished,
-    run_folder,
     run_precision,
     say_finished,
     to_device,
@@ -72,9 +72,10 @@ def train(stage: Stage, settings: Settings, device: torch.device) -> None:
     if is_finished(settings):
         say_finished(settings)
         return
-    run = start_run(stage, settings, lists, device, precision)
-    run.description = describe_run(run, identity)
-    with run_folder(settings, identity, run.description):
+    with RunFolder(settings) as run_folder:
+        run = start_run(stage, settings, lists, device, precision)
+        run.description = describe_run(run, identity)
+        run_folder.record(identity, run.description)
         train_epochs(run, trained_form(run, settings.compile), lambda: run.sampler, train_step, finish_epoch)
         chosen = "last" if settings.select == "last" else "best"
         say(f"{chosen} epoch {run.best_epoch}: {judged_on(settings)} accuracy {run.best_accuracy:.4f}")

@@ -13,7 +13,7 @@ import baseline_resnet50
 from common.files import atomic_path, read_json, save_checkpoint, write_json
 from common.flags import check_output
 from common.runtime import UserError, resolve_device, run_script
-from common.training import run_folder
+from common.training import RunFolder
 from recognition import engine
 from recognition.settings import Settings, check_ranges, identity_of_run, parse_settings, unused_settings
 from tests.support import run_program
@@ -118,7 +118,8 @@ def test_a_folder_in_which_nothing_was_trained_is_free(tmp_path):
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     settings, machine = Settings(output=str(tmp_path)), dict.fromkeys(("dataset", "device", "processes", "versions"))
-    with run_folder(settings, {"stage": "t1"}, machine):
+    with RunFolder(settings) as ours, RunFolder(settings) as theirs:  # both find an empty folder
+        ours.record({"stage": "t1"}, machine)
         program = f"""
 from pathlib import Path
 from common.files import locked
@@ -126,11 +127,16 @@ from common.runtime import run_script
 run_script(lambda: locked(Path({str(tmp_path)!r}) / "settings.json").__enter__())"""
         done = run_program("-c", program)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "another run is at work" in done.stderr
-        with pytest.raises(UserError, match="another run is at work here"), run_folder(settings, {}, machine):
+        with pytest.raises(UserError, match="another run is at work here"):
+            theirs.record({"stage": "t2"}, machine)
+        with pytest.raises(UserError, match="another run is at work here"), RunFolder(settings):
             pass
         assert read_json(tmp_path / "settings.json")["stage"] == "t1"
-    with run_folder(settings, {"stage": "t2"}, machine):  # nothing was trained there
+    with RunFolder(settings) as free:  # nothing was trained there
+        free.record({"stage": "t2"}, machine)
         assert read_json(tmp_path / "settings.json")["stage"] == "t2"
+        with pytest.raises(UserError, match="another run is at work here"), RunFolder(settings):
+            pass
 
 
 def test_a_run_does_not_go_on_with_other_teachers_in_the_same_files(tmp_path):

@@ -2,7 +2,6 @@
 wrong as one line that says where and what was expected."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from detection import check_data
 from detection.data.annotations import fingerprint, for_training, read_annotations
 from detection.data.records import Findings
 from detection.data.voc_files import parse_xml
-from tests.support import PROJECT, run_program
+from tests.support import real, run_program
 
-DATA = Path(os.environ.get("AERIAL_DATA") or PROJECT.parent / "shared" / "data")
 OBJECT = ("<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}"
           "</object>")
 
@@ -433,9 +431,7 @@ def test_check_data_notes_small_images_and_calls_data_without_objects_unfit(tmp_
 
 @pytest.mark.real_data
 def test_nwpu_has_the_published_counts_and_nothing_wrong(capsys):
-    folder = DATA / "nwpu_vhr10"
-    if not folder.is_dir():
-        pytest.skip(f"no real images at {folder}; set AERIAL_DATA to the folder that holds nwpu_vhr10")
+    folder = real("nwpu_vhr10")
     train, test = (read_annotations(folder / f"instances_{part}2017.json") for part in ("train", "val"))
     counts = [np.bincount(np.concatenate([record.labels for record in part.records])) for part in (train, test)]
     assert counts[0].tolist() == [562, 230, 470, 325, 404, 137, 134, 205, 96, 426]

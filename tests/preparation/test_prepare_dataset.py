@@ -6,15 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from common.dota import horizontal_box, read_label_file
 from common.runtime import UserError
 from dataset import class_counts, read_info, read_split
-from preparation.chips import MIN_EDGE, chip_box, square_box
-from preparation.division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
+from preparation.chips import MIN_EDGE
 from prepare_dataset import main
 from recognition.published import DOTA, FGSC23
 from tests.support import real, run_program
@@ -356,37 +352,6 @@ def test_dota_accepts_the_official_nesting_and_images_beyond_pillows_limit(tmp_p
     assert [sum(counts_of(tmp_path / "d", split)) for split in ("train", "val", "test")] == [7, 1, 2]
 
 
-@given(st.tuples(*[st.floats(-30, 90)] * 4), st.tuples(*[st.integers(1, 60)] * 2), st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
-def test_boxes_stay_inside_and_hold_their_object(values, size, margin):
-    box = (*np.minimum(values[:2], values[2:]).tolist(), *np.maximum(values[:2], values[2:]).tolist())
-    for cut in (chip_box, square_box):
-        result = cut(box, size, margin)
-        outside = any(box[axis] >= size[axis] or (box[axis + 2] <= 0 and box[axis] < 0) for axis in (0, 1))
-        assert (result is None) == outside
-        if result is None:
-            continue
-        for axis in (0, 1):
-            near, far = result[axis], result[axis + 2]
-            assert 0 <= near < far <= size[axis] and far - near >= min(MIN_EDGE, size[axis])
-            if cut is chip_box:
-                assert near <= max(box[axis], 0) and far >= min(box[axis + 2], size[axis])
-
-
-def test_square_boxes():
-    assert square_box((40, 40, 60, 50), (100, 100), 0.1) == (39, 34, 61, 56)  # side 22, around (50, 45)
-    assert square_box((0, 40, 20, 50), (100, 100), 0.1) == (0, 34, 22, 56)  # shifted into the image
-    assert square_box((90, 90, 110, 100), (100, 100), 0.1) == (78, 78, 100, 100)
-    assert square_box((0, 0, 200, 10), (100, 50), 0.1) == (0, 0, 100, 50)  # larger than the image: clipped
-
-
-def test_label_file_with_windows_line_ends_and_blank_lines(tmp_path):
-    (tmp_path / "P.txt").write_bytes(b"\xef\xbb\xbfimagesource:x\r\ngsd:null\r\n\r\n1 2 3.5 2 3.5 4 1 4 ship 1\r\n")
-    (found,) = read_label_file(tmp_path / "P.txt", DOTA["classes"])
-    box, label, where = horizontal_box(found.points), found.label, found.where
-    assert box == (1, 2, 3.5, 4) and DOTA["classes"][label] == "ship" and where.endswith("P.txt:4")
-
-
 # ---- COCO ------------------------------------------------------------------------------------------------------------
 
 
@@ -461,54 +426,6 @@ def test_coco_takes_images_from_a_named_folder_and_refuses_other_categories(tmp_
 
 
 # ---- long tail, parts, groups ----------------------------------------------------------------------------------------
-
-
-def test_the_profile_is_exponential():
-    counts = [300, 500, 450, 10, 120]
-    kept = long_tail_counts(counts, imbalance=16, max_per_class=400)
-    # Ranks 1, 0, 2, 4, 3: 400 * 16 ** -(rank / 4) = 400, 200, 100, 50, 25 by rank; class 3 has only 10.
-    assert kept.tolist() == [100, 400, 200, 10, 50]
-    assert long_tail_counts(counts, max_per_class=400).tolist() == [300, 400, 400, 10, 120]
-    assert long_tail_counts(counts).tolist() == counts
-    assert long_tail_counts([7, 0, 7], imbalance=7).tolist() == [7, 0, 1]  # a class without images has no rank
-    assert long_tail_counts([5], imbalance=9).tolist() == [5]
-
-
-def test_every_class_gives_one_image_to_validation_but_never_its_last():
-    assert held_out_counts([1, 2, 3, 14, 16, 100, 0], 0.1).tolist() == [0, 1, 1, 1, 2, 10, 0]
-    assert held_out_counts([1, 2, 3], 0.99).tolist() == [0, 1, 2]
-    assert held_out_counts([1, 2, 3], 0).tolist() == [0, 0, 0]
-
-
-def test_choice_is_by_class_and_repeatable():
-    labels = [0, 1, 0, 1, 0, 2]
-    chosen = choose(labels, [2, 1, 0], np.random.default_rng(3))
-    assert sorted(labels[i] for i in chosen) == [0, 0, 1] and (np.diff(chosen) > 0).all()
-    assert (chosen == choose(labels, [2, 1, 0], np.random.default_rng(3))).all()
-
-
-@pytest.mark.parametrize("counts, head, middle, tail", [
-    ([9, 8, 7, 6, 5, 4, 3], [0, 1], [2, 3, 4], [5, 6]),
-    ([3, 9, 5], [1], [2], [0]),
-    ([100, 100, 100, 50, 20, 10], [0, 1, 2], [3], [4, 5]),
-    ([100, 50, 50, 50, 50, 10], [0], [1, 2, 3, 4], [5]),
-    ([9, 9, 9, 1, 1, 1], [0, 1, 2], [], [3, 4, 5]),
-    ([4, 4, 4], [], [0, 1, 2], []),
-    ([5, 2], [0], [], [1]),
-])
-def test_thirds_never_divide_equal_counts(counts, head, middle, tail):
-    groups, rule = groups_by_thirds(counts)
-    assert groups == {"head": head, "middle": middle, "tail": tail}
-    if head:
-        assert f"head has at least {min(counts[c] for c in head)} images" in rule
-    if tail:
-        assert f"tail has at most {max(counts[c] for c in tail)}" in rule
-
-
-def test_thresholds_include_their_own_value_and_give_the_published_groups():
-    assert groups_by_threshold([10, 5, 4, 9], 9, 4) == {"head": [0, 3], "middle": [1], "tail": [2]}
-    assert groups_by_threshold(FGSC23["train"], 200, 99) == FGSC23["groups"]
-    assert groups_by_threshold(DOTA["train"], 10000, 999) == DOTA["groups"]
 
 
 def test_explicit_thresholds_win_over_published_groups_and_count_train_with_val(tmp_path):

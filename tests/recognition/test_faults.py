@@ -133,6 +133,29 @@ def test_a_checkpoint_of_something_else_is_not_gone_on_from(stopped, tmp_path, c
     assert error.count("\n") == 1 and "last.pt: not a checkpoint that this run can go on from (" in error
 
 
+def test_resuming_a_run_that_is_at_work_touches_nothing(stopped, tmp_path, capsys):
+    flags, folder = stopped
+    shutil.copytree(folder, tmp_path / "b")
+    with open(tmp_path / "b" / "log.jsonl", "a") as log:
+        log.write('{"epoch": 2}\n')  # the other has come further than the checkpoint, and --resume would trim this
+    before = {path: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    with files.locked(tmp_path / "b" / "settings.json"):
+        assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b") == 2
+    assert "another run is at work here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_work_under_nohup_outlives_the_connection():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("line", ["{", "5", "\udcff"])
 def test_a_damaged_log_is_one_line_and_can_be_removed(stopped, tmp_path, capsys, line):
     flags, folder = stopped

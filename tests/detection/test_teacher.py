@@ -1,0 +1,36 @@
+"""Which detectors can teach which: the first difference is named."""
+
+import pytest
+
+from common.runtime import UserError
+from detection.distillers.teacher import GRID, check_pair
+
+FEATURES = (*GRID, "reg_max", "channels")
+
+
+def description(**changes):
+    model = {"strides": [8, 16, 32, 64, 128], "reg_max": 16, "anchor_scale": 8, "anchor_offset": 0, "channels": 256}
+    classes = changes.pop("classes", ["ship", "plane", "tank"])
+    return {"classes": classes, "model": {**model, **changes}}
+
+
+def test_equal_descriptions_fit():
+    check_pair(description(), description())
+    check_pair(description(), description(), FEATURES)
+    check_pair(description(), description(channels=128, reg_max=8))  # features are not compared
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"classes": ["ship", "plane"]}, ["number of classes", "2 in the teacher", "3 in the student"]),
+    ({"classes": ["ship", "tank", "plane"]}, ["class 1", "'tank' in the teacher", "'plane' in the student"]),
+    ({"strides": [4, 8, 16, 32, 64]}, ["strides", "[4, 8, 16, 32, 64] in the teacher", "[8, 16, 32, 64, 128]"]),
+    ({"reg_max": 8}, ["reg_max", "8 in the teacher", "16 in the student"]),
+    ({"anchor_scale": 4}, ["anchor_scale", "4 in the teacher", "8 in the student"]),
+    ({"anchor_offset": 0.5}, ["anchor_offset", "0.5 in the teacher", "0 in the student"]),
+    ({"channels": 128}, ["channels", "128 in the teacher", "256 in the student"]),
+    ({"channels": 128, "reg_max": 8}, ["reg_max"]),
+])
+def test_the_first_difference_is_named(changes, words):
+    with pytest.raises(UserError) as raised:
+        check_pair(description(), description(**changes), FEATURES)
+    assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)
