@@ -9,6 +9,9 @@ DESTINATION/sheet.png.
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,7 +28,7 @@ SHEET_COLUMNS, SHEET_ROWS = 6, 6
 BOX_COLOURS = ((255, 70, 70), (255, 235, 0), (0, 255, 255))
 
 
-def contact_sheet(scenes, size):
+def contact_sheet(scenes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], size: int) -> Image.Image:
     """RGB image of scenes (picture, boxes, labels) in rows, the boxes in the colours of their classes."""
     rows, pitch = -(-len(scenes) // SHEET_COLUMNS), size + 4
     sheet = Image.new("RGB", (SHEET_COLUMNS * pitch, rows * pitch + 20), (255, 255, 255))
@@ -41,7 +44,8 @@ def contact_sheet(scenes, size):
     return sheet
 
 
-def coco_annotations(names, scenes, size):
+def coco_annotations(names: Sequence[str], scenes: Sequence[tuple[Any, np.ndarray, np.ndarray]],
+                     size: int) -> dict[str, Any]:
     """The COCO dict of images called `names` (in the folder "images") of `scenes`."""
     annotations = []
     for image_id, (_, boxes, labels) in enumerate(scenes, 1):
@@ -55,7 +59,7 @@ def coco_annotations(names, scenes, size):
             "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]}
 
 
-def write_files(folder, settings):
+def write_files(folder: Path, settings: dict[str, Any]) -> None:
     """Draw all scenes, the contact sheet and, last, demo.json into an empty folder."""
     (folder / "images").mkdir()
     shown, size = [], settings["size"]
@@ -72,7 +76,7 @@ def write_files(folder, settings):
     write_json(folder / "demo.json", settings)
 
 
-def write_demo(destination, seed=0, train=120, test=40, size=256):
+def write_demo(destination: str | Path, seed: int = 0, train: int = 120, test: int = 40, size: int = 256) -> bool:
     """Write the demo set into the folder `destination`; returns False, drawing nothing, if it is there already.
 
     train, test: numbers of scenes; size: their side in pixels, 32 to 1024. Raises UserError for a value out of range, a
@@ -84,7 +88,7 @@ def write_demo(destination, seed=0, train=120, test=40, size=256):
     return write_whole(destination, settings, write_files)
 
 
-def main():
+def main() -> None:
     """Read the command line and write the demo set."""
     parser = argparse.ArgumentParser(prog="python -m demo.draw_scenes",
                                      description="Draw the demo data set of planes, ships and storage tanks.")

@@ -10,6 +10,9 @@ DESTINATION/sheet.png.
 
 import argparse
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -19,7 +22,7 @@ from common.files import write_json
 from common.runtime import UserError, run_script
 from demo.folder import write_whole
 from demo.pen import Pen, sample, smooth_noise
-from demo.ships import DESIGNS, draw_parts, hull_outline, quay
+from demo.ships import DESIGNS, Design, draw_parts, hull_outline, quay
 from demo.water import draw_wake, sea
 from recognition.published import FGSC23
 
@@ -30,17 +33,17 @@ SUPERSAMPLING = 3
 SHEET_CHIPS = 12
 
 
-def train_count(class_id, scale):
+def train_count(class_id: int, scale: float) -> int:
     """Training chips of a class (id 0 to 22) when the counts of FGSC-23 are multiplied by scale; never below 3."""
     return max(3, round(scale * FGSC23["train"][class_id]))
 
 
-def class_folder(class_id):
+def class_folder(class_id: int) -> str:
     """Name of the folder of a class, "00_non-ship": the names sort by class id."""
     return f"{class_id:02d}_{DESIGNS[class_id].name}"
 
 
-def draw_ship(pen, rng, design):
+def draw_ship(pen: Pen, rng: np.random.Generator, design: Design) -> None:
     """Draw a ship of a design, at a quay or under way or at rest."""
     if rng.random() < design.quay_chance:
         quay(pen, rng, rng.uniform(1.05, 1.7))
@@ -54,7 +57,7 @@ def draw_ship(pen, rng, design):
     pen.image.paste(Image.blend(around, pen.image, sample(rng, design.opacity)))
 
 
-def sense(rng, picture, size):
+def sense(rng: np.random.Generator, picture: Image.Image, size: int) -> np.ndarray:
     """Picture (size, size) uint8 of a supersampled grey image: blur, haze, gain and noise of a sensor."""
     picture = picture.filter(ImageFilter.GaussianBlur(SUPERSAMPLING * size / 72 * rng.uniform(0.2, 0.7)))
     light = np.asarray(picture.resize((size, size), Image.Resampling.BOX), dtype=float)
@@ -64,7 +67,7 @@ def sense(rng, picture, size):
     return np.clip(np.rint(light + rng.uniform(1, 4) * rng.normal(size=light.shape)), 0, 255).astype(np.uint8)
 
 
-def object_box(pen, rng, size):
+def object_box(pen: Pen, rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a ship's chip in a picture of `size` pixels: the horizontal box of its hull with
     random margins, clipped to the picture."""
     corners = pen.pixels([(x, y) for x in (-0.5, 0.5) for y in (-1.2, 1.2)]) * size / pen.image.width
@@ -74,7 +77,7 @@ def object_box(pen, rng, size):
     return left, top, right, bottom
 
 
-def draw_chip(split, class_id, index, seed=0, size=96):
+def draw_chip(split: str, class_id: int, index: int, seed: int = 0, size: int = 96) -> np.ndarray:
     """Draw one chip, a uint8 array (height, width), both at most `size`: the box of the ship, cut out of a picture of
     size x size pixels as chips are cut out of annotated images.
 
@@ -99,7 +102,7 @@ def draw_chip(split, class_id, index, seed=0, size=96):
     return sense(rng, picture, size)[top:bottom, left:right]
 
 
-def contact_sheet(rows, scale, size):
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], scale: float, size: int) -> Image.Image:
     """Grey image with a line for each class: name, training count and the chips in rows[class_id]."""
     label_width, pitch, height = 270, size + 4, max(28, *(len(chip) for chips in rows for chip in chips)) + 4
     sheet = Image.new("L", (label_width + SHEET_CHIPS * pitch, len(rows) * height), 255)
@@ -112,7 +115,7 @@ def contact_sheet(rows, scale, size):
     return sheet
 
 
-def write_files(folder, settings):
+def write_files(folder: Path, settings: dict[str, Any]) -> None:
     """Draw all chips, the contact sheet and, last, demo.json into an empty folder."""
     seed, scale, size = settings["seed"], settings["scale"], settings["size"]
     wanted = [(split, class_id, index) for split in SPLITS for class_id in range(len(DESIGNS))
@@ -129,7 +132,8 @@ def write_files(folder, settings):
     write_json(folder / "demo.json", settings)
 
 
-def write_demo(destination, seed=0, scale=0.125, test_per_class=12, size=96):
+def write_demo(destination: str | Path, seed: int = 0, scale: float = 0.125, test_per_class: int = 12,
+               size: int = 96) -> bool:
     """Write the demo set into the folder `destination`; returns False, drawing nothing, if it is there already."""
     if seed < 0 or test_per_class < 1 or not 0 < scale <= 10 or not 32 <= size <= 512:
         raise UserError("seed must be 0 or more, test-per-class 1 or more, scale above 0 to 10, size 32 to 512")
@@ -138,7 +142,7 @@ def write_demo(destination, seed=0, scale=0.125, test_per_class=12, size=96):
     return write_whole(destination, settings, write_files)
 
 
-def main():
+def main() -> None:
     """Read the command line and write the demo set."""
     parser = argparse.ArgumentParser(description="Draw the demo data set of ships seen from above.")
     parser.add_argument("destination", help="folder to make; must be new or empty")

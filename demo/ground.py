@@ -1,11 +1,14 @@
 """The ground of the scenes of the detection demo set: water, land, beaches, islands, fields, roads, runways, quays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageChops, ImageDraw
 
-from demo.objects import circle
+from demo.objects import Sprite, circle
 from demo.pen import smooth_noise
 from demo.water import sea
 
@@ -44,20 +47,20 @@ class Scene:
     ground: Image.Image  # mode L, kinds of ground
     occupied: Image.Image  # mode L, 255 where an object stands
     foam: Image.Image  # mode L
-    placed: list = field(default_factory=list)  # (sprite, left, top)
-    boxes: list = field(default_factory=list)  # (4,) float64 xyxy
-    labels: list = field(default_factory=list)
+    placed: list[tuple[Sprite, int, int]] = field(default_factory=list)  # (sprite, left, top)
+    boxes: list[np.ndarray] = field(default_factory=list)  # (4,) float64 xyxy
+    labels: list[int] = field(default_factory=list)
 
     @property
-    def axes(self):
+    def axes(self) -> np.ndarray:
         """Rows (2, 2): the direction of quays, and the one across it, from water to land."""
         return np.array([(np.cos(self.angle), np.sin(self.angle)), (-np.sin(self.angle), np.cos(self.angle))])
 
-    def on_ground(self, points):
+    def on_ground(self, points: ArrayLike) -> np.ndarray:
         """Positions (n, 2) of points given along the axes, in pixels from the middle of the scene."""
         return self.side / 2 + np.asarray(points, float) @ self.axes
 
-    def length(self, low, high, shortest=SHORTEST):
+    def length(self, low: float, high: float, shortest: float = SHORTEST) -> float:
         """A random length between two multiples of the unit, within the limits of a scene."""
         return float(np.clip(self.unit * self.rng.uniform(low, high), shortest * self.side, LONGEST * self.side))
 
@@ -65,7 +68,7 @@ class Scene:
 # ---- the ground ------------------------------------------------------------------------------------------------------
 
 
-def cover(scene, polygons, kind, over):
+def cover(scene: Scene, polygons: Sequence[np.ndarray], kind: int, over: Sequence[int]) -> None:
     """Turn the ground inside polygons, each (n, 2) points along the axes, into `kind` where it was one of `over`."""
     area = Image.new("L", scene.ground.size)
     for points in polygons:
@@ -73,12 +76,12 @@ def cover(scene, polygons, kind, over):
     scene.ground.paste(kind, mask=ImageChops.darker(area, scene.ground.point(lambda old: 255 * (old in over))))
 
 
-def rectangle(x, y, length, width):
+def rectangle(x: float, y: float, length: float, width: float) -> np.ndarray:
     """Corners (4, 2) of a rectangle around (x, y)."""
     return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (length / 2, width / 2) + (x, y)
 
 
-def new_scene(rng, side, shore, ragged):
+def new_scene(rng: np.random.Generator, side: int, shore: float, ragged: float) -> Scene:
     """Scene of bare water and land. The shore passes the middle at `shore` sides towards the water; it is straight,
     or it varies by `ragged` sides and has a beach."""
     unit, angle, away = side * np.exp(rng.uniform(*np.log(UNITS))), *rng.uniform(0, 2 * np.pi, 2)
@@ -94,7 +97,7 @@ def new_scene(rng, side, shore, ragged):
     return scene
 
 
-def add_countryside(scene):
+def add_countryside(scene: Scene) -> None:
     """Lay out islands, fields and roads."""
     rng, side = scene.rng, scene.side
     for _ in range(rng.poisson(0.5)):
@@ -109,7 +112,7 @@ def add_countryside(scene):
         cover(scene, [road[:, ::-1] if turned else road], ROAD, OPEN_LAND)
 
 
-def add_runway(scene):
+def add_runway(scene: Scene) -> None:
     """Lay out a runway through the whole scene."""
     rng, side, unit = scene.rng, scene.side, scene.unit
     y, width = rng.uniform(-0.6, 0.6) * side, rng.uniform(0.5, 0.9) * unit
@@ -118,7 +121,7 @@ def add_runway(scene):
     cover(scene, dashes, MARKING, (ROAD,))
 
 
-def add_quay(scene, shore):
+def add_quay(scene: Scene, shore: float) -> list[tuple[Any, ...]]:
     """Lay out a quay along the straight shore, with or without piers. Returns the edges for ships to moor at: start
     (2,), direction (2,) and direction to the water (2,), all along the axes, and the length."""
     rng, side, unit = scene.rng, scene.side, scene.unit
@@ -133,7 +136,7 @@ def add_quay(scene, shore):
     return edges
 
 
-def paint_ground(scene):
+def paint_ground(scene: Scene) -> Image.Image:
     """RGB picture (side x side) of the ground: a blend of two colours for each kind, with swell on water and the
     joints of slabs on concrete."""
     rng, side = scene.rng, scene.side

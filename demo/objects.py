@@ -2,6 +2,7 @@
 buildings, containers, cars and trees as distractors. Each is drawn once, in its own patch."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +33,14 @@ class Sprite:
     shadow: float
 
 
-def one_of(rng, paints):
+def one_of(rng: np.random.Generator, paints: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """A random one of `paints`, slightly varied."""
     return tuple(int(value) for value in np.clip(paints[rng.integers(len(paints))] + rng.normal(0, 6, 3), 0, 255))
 
 
-def make_sprite(rng, outlines, paint, colour, deck, length, ratio, heading, sun, shadow):
+def make_sprite(rng: np.random.Generator, outlines: Sequence[np.ndarray],
+                paint: Callable[[Pen, np.random.Generator], None], colour: tuple[int, ...], deck: float, length: float,
+                ratio: float, heading: float, sun: np.ndarray, shadow: float) -> Sprite:
     """Sprite of an object `length` pixels long in the frame of `demo.pen.Pen`.
 
     outlines: list of (n, 2) points, the silhouette. paint(pen, rng) draws in grey, which is then coloured: the grey
@@ -54,19 +57,19 @@ def make_sprite(rng, outlines, paint, colour, deck, length, ratio, heading, sun,
     return Sprite(colours, silhouette, shadow)
 
 
-def circle(corners=48):
+def circle(corners: int = 48) -> np.ndarray:
     """Points (corners, 2) around a circle of diameter 1."""
     angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     return np.stack([np.cos(angle), np.sin(angle)], axis=1) / 2
 
 
-def wing(x, chord, tip, span, sweep):
+def wing(x: float, chord: float, tip: float, span: float, sweep: float) -> np.ndarray:
     """Points (8, 2) around a pair of wings: chord at the root and at the tip, half span, sweep, all in lengths."""
     half = np.array([(x + chord / 2, 0), (x - sweep + tip / 2, span), (x - sweep - tip / 2, span), (x - chord / 2, 0)])
     return np.concatenate([half, half[::-1] * (1, -1)])
 
 
-def plane_sprite(rng, length, heading, sun):
+def plane_sprite(rng: np.random.Generator, length: float, heading: float, sun: np.ndarray) -> Sprite:
     """A plane: a jet with swept wings, a propeller plane with straight ones, or a fighter."""
     kind, width = rng.choice(3, p=(0.65, 0.2, 0.15)), rng.uniform(0.05, 0.065)
     x, chord, tip, span, sweep = (
@@ -80,7 +83,7 @@ def plane_sprite(rng, length, heading, sun):
         engines.append(CORNERS * (0.12, 0.024) + (nose - 0.06, y))
     stripe = rng.uniform(-100, 20)
 
-    def paint(pen, rng):
+    def paint(pen: Pen, rng: np.random.Generator) -> None:
         for outline, tone in ((wings, -8), (tail, -8), *((engine, -45) for engine in engines), (body, 30)):
             pen.polygon(outline, tone)
         pen.rectangle(-0.5, -0.34, -0.016, 0.016, stripe)
@@ -90,12 +93,12 @@ def plane_sprite(rng, length, heading, sun):
                        sun, 0.1 * length)
 
 
-def ship_sprite(rng, length, heading, sun):
+def ship_sprite(rng: np.random.Generator, length: float, heading: float, sun: np.ndarray) -> Sprite:
     """A ship of a random design of the recognition demo, in colour and somewhat broader."""
     design = SHIP_DESIGNS[rng.integers(len(SHIP_DESIGNS))]
     outline, ratio = hull_outline(rng, design.bow, design.stern), rng.uniform(0.65, 0.85) * sample(rng, design.ratio)
 
-    def paint(pen, rng):
+    def paint(pen: Pen, rng: np.random.Generator) -> None:
         pen.polygon(outline, sample(rng, design.rim))
         pen.polygon(outline * (0.98, 0.86), 0)
         draw_parts(pen, rng, design.parts)
@@ -104,11 +107,12 @@ def ship_sprite(rng, length, heading, sun):
     return make_sprite(rng, [outline], paint, colour, deck, length, ratio, heading, sun, 0.035 * length)
 
 
-def tank_sprite(rng, diameter, floating, colour, sun):
+def tank_sprite(rng: np.random.Generator, diameter: float, floating: bool, colour: tuple[int, ...],
+                sun: np.ndarray) -> Sprite:
     """A storage tank with a cone for a roof, or with a floating roof, on which the wall throws its shadow."""
     away = sun / np.hypot(*sun)
 
-    def paint(pen, rng):
+    def paint(pen: Pen, rng: np.random.Generator) -> None:
         rim = circle()
         pen.polygon(rim, -60)
         if floating:
@@ -125,11 +129,11 @@ def tank_sprite(rng, diameter, floating, colour, sun):
     return make_sprite(rng, [circle()], paint, colour, 190, diameter, 0.5, 0.0, sun, rng.uniform(0.2, 0.4) * diameter)
 
 
-def building_sprite(rng, length, ratio, heading, sun):
+def building_sprite(rng: np.random.Generator, length: float, ratio: float, heading: float, sun: np.ndarray) -> Sprite:
     """A building with a gabled or a flat roof, or a stack of containers."""
     roof, shade = rng.integers(3), rng.uniform(10, 40) * rng.choice([-1, 1])
 
-    def paint(pen, rng):
+    def paint(pen: Pen, rng: np.random.Generator) -> None:
         pen.polygon(CORNERS, 0)
         if roof == 0:
             pen.rectangle(-0.5, 0.5, -1, 0, shade)
@@ -144,20 +148,20 @@ def building_sprite(rng, length, ratio, heading, sun):
                        rng.uniform(0.1, 0.4) * length / ratio)
 
 
-def car_sprite(rng, length, heading, sun):
+def car_sprite(rng: np.random.Generator, length: float, heading: float, sun: np.ndarray) -> Sprite:
     """A car: a block with a windscreen."""
-    def paint(pen, rng):
+    def paint(pen: Pen, rng: np.random.Generator) -> None:
         pen.polygon(CORNERS, 0)
         pen.rectangle(0.1, 0.28, -0.8, 0.8, -70)
 
     return make_sprite(rng, [CORNERS], paint, one_of(rng, CAR_PAINTS), 128, length, 2.1, heading, sun, 0.2 * length)
 
 
-def tree_sprite(rng, width, sun):
+def tree_sprite(rng: np.random.Generator, width: float, sun: np.ndarray) -> Sprite:
     """A dark, ragged crown."""
     crown, colour = circle(14) * rng.uniform(0.7, 1.0, (14, 1)), one_of(rng, ((38, 60, 34), (52, 70, 40)))
 
-    def paint(pen, rng):
+    def paint(pen: Pen, rng: np.random.Generator) -> None:
         pen.polygon(crown, 0)
         pen.polygon(crown * 0.55 - sun * 0.08, 25)
 

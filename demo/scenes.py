@@ -1,6 +1,10 @@
 """The scenes of the detection demo set: the placing of objects, light, sensor."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageFilter
 
 from demo.ground import (
@@ -15,6 +19,7 @@ from demo.ground import (
     SHORTEST_SHIP,
     SUPERSAMPLING,
     WATER,
+    Scene,
     add_countryside,
     add_quay,
     add_runway,
@@ -25,6 +30,7 @@ from demo.ground import (
 )
 from demo.objects import (
     TANK_PAINTS,
+    Sprite,
     building_sprite,
     car_sprite,
     one_of,
@@ -55,19 +61,19 @@ KINDS = {
 }
 
 
-def silhouette_box(sprite, left, top):
+def silhouette_box(sprite: Sprite, left: int, top: int) -> np.ndarray:
     """Box (4,) xyxy of the silhouette of a sprite whose patch begins at (left, top), in the same pixels."""
     return np.array(sprite.silhouette.getbbox(), float) + (left, top, left, top)
 
 
-def overlap(box, boxes):
+def overlap(box: np.ndarray, boxes: ArrayLike) -> np.ndarray:
     """Intersection over union of a box (4,) with each of boxes (n, 4), xyxy."""
     boxes = np.reshape(boxes, (-1, 4))
     common = np.clip(np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]), 0, None).prod(1)
     return common / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - common)
 
 
-def place(scene, sprite, centre, grounds, label=None):
+def place(scene: Scene, sprite: Sprite, centre: ArrayLike, grounds: Sequence[int], label: int | None = None) -> bool:
     """Place a sprite around `centre` (2,) if the spot is free, all ground under it is one of `grounds` (so that it is
     wholly in the picture), and, for an object of class `label`, its box keeps clear of the others'. Returns whether it
     was placed."""
@@ -89,19 +95,19 @@ def place(scene, sprite, centre, grounds, label=None):
     return True
 
 
-def scatter(scene, sprite, grounds, label=None, tries=20):
+def scatter(scene: Scene, sprite: Sprite, grounds: Sequence[int], label: int | None = None, tries: int = 20) -> bool:
     """Place a sprite at random. Returns whether a free spot was found."""
     return any(place(scene, sprite, scene.rng.uniform(0, scene.side, 2), grounds, label) for _ in range(tries))
 
 
-def lay_out(scene, columns, rows, pitch, kind):
+def lay_out(scene: Scene, columns: int, rows: int, pitch: float, kind: int) -> np.ndarray:
     """Cover a yard of rows and columns with ground of a kind; of 20 random places, the one with most of the yard on
     land and in the picture. Returns the spots in it, (n, 2), in random order."""
     rng, side = scene.rng, scene.side
     grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=2).reshape(-1, 2) + 0.5
     grid = (grid - (columns / 2, rows / 2)) * pitch
 
-    def room(centre):
+    def room(centre: np.ndarray) -> int:
         spots = scene.on_ground(grid + centre).astype(int)
         seen = spots[((spots >= pitch / 2) & (spots < side - pitch / 2)).all(1)]
         return sum(scene.ground.getpixel((int(x), int(y))) in (*OPEN_LAND, ROAD) for x, y in seen)
@@ -112,7 +118,7 @@ def lay_out(scene, columns, rows, pitch, kind):
     return scene.on_ground(rng.permutation(grid) + centre)
 
 
-def put_planes(scene, count):
+def put_planes(scene: Scene, count: int) -> None:
     """Park up to `count` planes on an apron, most of them in rows, nose to nose."""
     rng, pitch = scene.rng, 1.3 * scene.unit
     columns = rng.integers(2, 6)
@@ -124,7 +130,7 @@ def put_planes(scene, count):
             place(scene, plane_sprite(rng, scene.length(0.7, 1.2), heading, scene.sun), spot, (CONCRETE,), PLANE)
 
 
-def put_tanks(scene, count):
+def put_tanks(scene: Scene, count: int) -> None:
     """Build up to `count` tanks, of one diameter and paint or of several, in a yard of gravel."""
     rng, diameter = scene.rng, scene.length(0.45, 0.95)
     columns, before = rng.integers(2, 6), len(scene.boxes)
@@ -137,7 +143,7 @@ def put_tanks(scene, count):
             place(scene, tank, spot, (GRAVEL, CONCRETE), TANK)
 
 
-def put_ships(scene, count, edges):
+def put_ships(scene: Scene, count: int, edges: Sequence[tuple[Any, ...]]) -> None:
     """Up to `count` ships: some moored at an edge, the others under way or at anchor anywhere on the water."""
     rng = scene.rng
     for _ in range(count):
@@ -154,7 +160,7 @@ def put_ships(scene, count, edges):
             add_wake(scene, length, heading)
 
 
-def add_wake(scene, length, heading):
+def add_wake(scene: Scene, length: float, heading: float) -> None:
     """Foam behind the last ship placed, in a patch with room for the wake and the ship at one end."""
     sprite, left, top = scene.placed[-1]
     patch, ahead = int(3.2 * length), 0.6 * length * np.array([np.cos(heading), np.sin(heading)])
@@ -164,7 +170,7 @@ def add_wake(scene, length, heading):
     scene.foam.paste(255, tuple(np.rint(corner).astype(int).tolist()), wake)
 
 
-def put_distractors(scene):
+def put_distractors(scene: Scene) -> None:
     """Buildings, containers, cars and trees on the free ground."""
     rng, unit, least, square = scene.rng, scene.unit, 0.017 * scene.side, (scene.angle, scene.angle + np.pi / 2)
     for _ in range(rng.integers(0, 12)):
@@ -182,7 +188,7 @@ def put_distractors(scene):
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def sense(rng, picture):
+def sense(rng: np.random.Generator, picture: Image.Image) -> np.ndarray:
     """Array (size, size, 3) uint8 of a supersampled RGB picture: blur, haze, gain, tint and noise of a sensor."""
     picture = picture.reduce(SUPERSAMPLING).filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.6)))
     light = np.asarray(picture, dtype=float)  # (size, size, 3)
@@ -192,7 +198,7 @@ def sense(rng, picture):
     return np.clip(np.rint(light + rng.uniform(1, 4) * rng.normal(size=light.shape)), 0, 255).astype(np.uint8)
 
 
-def render(scene):
+def render(scene: Scene) -> np.ndarray:
     """Array (size, size, 3) uint8 of a laid-out scene."""
     picture, shadows = paint_ground(scene), Image.new("L", scene.ground.size)
     for sprite, left, top in scene.placed:
@@ -205,7 +211,7 @@ def render(scene):
     return sense(scene.rng, picture)
 
 
-def lay_out_scene(rng, size):
+def lay_out_scene(rng: np.random.Generator, size: int) -> Scene:
     """Scene of `size` pixels a side with 1 to MOST_OBJECTS objects on it, a few scenes with none."""
     shares = np.array([share for share, *_ in KINDS.values()])
     kind = list(KINDS)[rng.choice(len(KINDS), p=shares / shares.sum())]
@@ -230,7 +236,7 @@ def lay_out_scene(rng, size):
             return scene
 
 
-def draw_scene(split, index, seed=0, size=256):
+def draw_scene(split: str, index: int, seed: int = 0, size: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw one scene: its picture (size, size, 3) uint8, the boxes (G, 4) float64 xyxy in its pixels, tight around
     hull, wings and fuselage, or tank, without shadow and wake, and their labels (G,) int64, indices of CLASSES.
 

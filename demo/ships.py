@@ -1,22 +1,28 @@
 """The ships of the demo data set: the parts of ships, and a table of the parts of each of FGSC-23's 23 classes."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
-from demo.pen import sample, smooth_noise
+from demo.pen import Pen, sample, smooth_noise
 
 
-def box(pen, rng, x, length, width, y=0.0, tone=40.0, height=0.03, tiers=1):
+def box(pen: Pen, rng: np.random.Generator, x: float, length: float, width: float, y: float = 0.0, tone: float = 40.0,
+        height: float = 0.03, tiers: int = 1) -> None:
     """A house centred at (x, y), built of tiers that get smaller and brighter; width in beams; flat if height is 0."""
     for tier in range(tiers):
         along, across = (1 - 0.28 * tier) * length / 2, (1 - 0.28 * tier) * width
         pen.rectangle(x - along, x + along, y - across, y + across, tone + 14 * tier, height)
 
 
-def grid(pen, rng, start, end, columns, rows, width=0.85, y=0.0, tone=0.0, spread=5.0, gap=0.15, fill=1.0, height=0.01):
+def grid(pen: Pen, rng: np.random.Generator, start: float, end: float, columns: int, rows: int, width: float = 0.85,
+         y: float = 0.0, tone: float = 0.0, spread: float = 5.0, gap: float = 0.15, fill: float = 1.0,
+         height: float = 0.01) -> None:
     """Rows of boxes (containers, hatches, missile cells); gap is the bare share, fill the share of boxes drawn."""
     step, row_step = (end - start) / columns, 2 * width / rows
     for x in start + step * np.arange(columns):
@@ -26,7 +32,8 @@ def grid(pen, rng, start, end, columns, rows, width=0.85, y=0.0, tone=0.0, sprea
                 pen.rectangle(x, x + step * (1 - gap), low, low + row_step * (1 - min(gap, 0.2)), shade, height)
 
 
-def discs(pen, rng, start, end, count, radius, y=0.0, tone=30.0, height=0.0, core=None):
+def discs(pen: Pen, rng: np.random.Generator, start: float, end: float, count: int, radius: float, y: float = 0.0,
+          tone: float = 30.0, height: float = 0.0, core: float | None = None) -> None:
     """Discs in a line (tanks, fans, pools, radomes), each with an inner disc of another tone if core is given."""
     for x in np.linspace(start, end, count):
         pen.disc(x, y, radius, tone, height)
@@ -34,23 +41,24 @@ def discs(pen, rng, start, end, count, radius, y=0.0, tone=30.0, height=0.0, cor
             pen.disc(x, y, 0.6 * radius, tone + core)
 
 
-def line(pen, rng, points, width=0.08, tone=60.0):
+def line(pen: Pen, rng: np.random.Generator, points: ArrayLike, width: float = 0.08, tone: float = 60.0) -> None:
     """A mark or a pipe on the deck."""
     pen.stroke(points, width, tone)
 
 
-def plate(pen, rng, points, tone=0.0):
+def plate(pen: Pen, rng: np.random.Generator, points: ArrayLike, tone: float = 0.0) -> None:
     """A flat polygon, such as the angled part of a flight deck."""
     pen.polygon(points, tone)
 
 
-def gun(pen, rng, x, size=0.35, ahead=1, tone=35.0):
+def gun(pen: Pen, rng: np.random.Generator, x: float, size: float = 0.35, ahead: int = 1, tone: float = 35.0) -> None:
     """A turret with its barrel trained roughly ahead (1) or astern (-1)."""
     pen.disc(x, 0, size, tone, 0.02)
     pen.stroke([(x, 0), (x + ahead * 0.05, rng.uniform(-0.25, 0.25))], 0.12, tone + 20)
 
 
-def helipad(pen, rng, x, radius=0.65, tone=-15.0, mark=75.0):
+def helipad(pen: Pen, rng: np.random.Generator, x: float, radius: float = 0.65, tone: float = -15.0,
+            mark: float = 75.0) -> None:
     """A landing circle with a cross stroke, sometimes with a helicopter on it."""
     pen.disc(x, 0, radius, tone + mark)
     pen.disc(x, 0, radius * 0.78, tone)
@@ -59,7 +67,8 @@ def helipad(pen, rng, x, radius=0.65, tone=-15.0, mark=75.0):
         aircraft(pen, rng, x, x, 0.0, 0.0, 1, 0.05, -35)
 
 
-def aircraft(pen, rng, start, end, low, high, count, size=0.055, tone=60.0):
+def aircraft(pen: Pen, rng: np.random.Generator, start: float, end: float, low: float, high: float, count: int,
+             size: float = 0.055, tone: float = 60.0) -> None:
     """Parked aircraft scattered over the area, as darts about size hull lengths long."""
     dart = np.array([(0.6, 0), (0.1, 0.12), (-0.3, 0.55), (-0.3, 0.12), (-0.6, 0.25)])
     dart = np.concatenate([dart, dart[::-1] * (1, -1)]) * size
@@ -68,20 +77,21 @@ def aircraft(pen, rng, start, end, low, high, count, size=0.055, tone=60.0):
         pen.polygon(turned * (1, pen.slenderness) + (x, y), tone + 10 * rng.normal(), 0.008)
 
 
-def cross(pen, rng, x, size=0.55, tone=-120.0):
+def cross(pen: Pen, rng: np.random.Generator, x: float, size: float = 0.55, tone: float = -120.0) -> None:
     """An upright cross; size is the length of an arm in half beams."""
     along = size / pen.slenderness
     pen.rectangle(x - along, x + along, -0.3 * size, 0.3 * size, tone)
     pen.rectangle(x - 0.3 * along, x + 0.3 * along, -size, size, tone)
 
 
-def boats(pen, rng, start, end, count, tone=45.0):
+def boats(pen: Pen, rng: np.random.Generator, start: float, end: float, count: int, tone: float = 45.0) -> None:
     """Lifeboats along both sides."""
     for side in (-0.86, 0.86):
         grid(pen, rng, start, end, count, 1, 0.12, side, tone, gap=0.4)
 
 
-def cranes(pen, rng, start, end, count, reach=0.08, tone=50.0):
+def cranes(pen: Pen, rng: np.random.Generator, start: float, end: float, count: int, reach: float = 0.08,
+           tone: float = 50.0) -> None:
     """Deck cranes or derricks on the centre line: a post and a jib in a random direction."""
     for x in np.linspace(start, end, count):
         angle = rng.uniform(0, 2 * np.pi)
@@ -89,7 +99,8 @@ def cranes(pen, rng, start, end, count, reach=0.08, tone=50.0):
         pen.stroke([(x, 0), (x + reach * math.cos(angle), reach * pen.slenderness * math.sin(angle))], 0.14, tone)
 
 
-def heap(pen, rng, x, y, length, width, tone, spread=14.0):
+def heap(pen: Pen, rng: np.random.Generator, x: float, y: float, length: float, width: float, tone: float,
+         spread: float = 14.0) -> None:
     """An irregular blot (bulk cargo, nets, an island) with rings of other tones; width in beams."""
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     circle = np.stack([length / 2 * np.cos(angle), width * np.sin(angle)], axis=1)
@@ -98,7 +109,7 @@ def heap(pen, rng, x, y, length, width, tone, spread=14.0):
         pen.polygon(circle * (shrink * wobble)[:, None] + (x, y), tone + spread * rng.normal())
 
 
-def quay(pen, rng, gap):
+def quay(pen: Pen, rng: np.random.Generator, gap: float) -> None:
     """A pier along one side, gap half beams from the centre line, with sheds, containers and cranes on it."""
     side, concrete = rng.choice([-1, 1]), rng.uniform(95, 190) - pen.deck
     edge = side * gap
@@ -115,13 +126,13 @@ def quay(pen, rng, gap):
             pen.stroke([(x, inland), (x, edge - side * rng.uniform(0.2, 1.2))], 0.25, tone)
 
 
-def buoys(pen, rng, count):
+def buoys(pen: Pen, rng: np.random.Generator, count: int) -> None:
     """Floating marks scattered over the water."""
     for x, y in rng.uniform((-0.55, -1.6), (0.55, 1.6), (count, 2)):
         pen.disc(x, y, rng.uniform(0.06, 0.2), rng.uniform(-40, 110), 0.02)
 
 
-def clouds(pen, rng):
+def clouds(pen: Pen, rng: np.random.Generator) -> None:
     """Broken cloud over the water."""
     side = pen.image.width
     thickness = 60 + 110 * smooth_noise(rng, side, 4) + 40 * smooth_noise(rng, side, 9)
@@ -129,7 +140,8 @@ def clouds(pen, rng):
     pen.image.paste(int(rng.uniform(190, 245)), (0, 0), cover)
 
 
-def part(primitive, chance=1.0, **numbers):
+def part(primitive: Callable[..., None], chance: float = 1.0,
+         **numbers: Any) -> tuple[Callable[..., None], float, dict[str, Any]]:
     """An item of a design: a primitive, the share of ships that have it, its arguments (a pair is a range)."""
     return primitive, chance, numbers
 
@@ -144,22 +156,22 @@ class Design:
     """
 
     name: str
-    length: tuple
-    ratio: tuple
-    tone: tuple
+    length: tuple[float, float]
+    ratio: tuple[float, float]
+    tone: tuple[float, float]
     parts: tuple
     bow: tuple = ((0.22, 0.3), (1.6, 2.1), 0.02)
     stern: tuple = ((0.06, 0.12), 2.0, (0.65, 0.85))
-    rim: tuple = (-35.0, 15.0)
+    rim: tuple[float, float] = (-35.0, 15.0)
     quay_chance: float = 0.25
-    opacity: float | tuple = 1.0
+    opacity: float | tuple[float, float] = 1.0
     hull: bool = True
 
 
 # ---- a ship of a design ----------------------------------------------------------------------------------------------
 
 
-def hull_outline(rng, bow, stern):
+def hull_outline(rng: np.random.Generator, bow: tuple[Any, Any, Any], stern: tuple[Any, Any, Any]) -> np.ndarray:
     """Points (36, 2) around a hull in the frame of Pen."""
     position, halves = np.linspace(0, 1, 9), []
     for end in (stern, bow):
@@ -169,7 +181,7 @@ def hull_outline(rng, bow, stern):
     return np.concatenate([side, side[::-1] * (1, -1)])
 
 
-def draw_parts(pen, rng, parts):
+def draw_parts(pen: Pen, rng: np.random.Generator, parts: Sequence[Any]) -> None:
     """Draw the parts of a design for one ship, with random alternatives, numbers, positions and paint."""
     for item in parts:
         if isinstance(item, list):

@@ -5,10 +5,10 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from demo.pen import smooth_noise
+from demo.pen import Pen, smooth_noise
 
 
-def sea(rng, side):
+def sea(rng: np.random.Generator, side: int) -> np.ndarray:
     """Grey levels (side, side) of water: swell from one direction, patches of wind, glint on the crests."""
     down, right = np.mgrid[:side, :side] / side
     swell, height, waves = rng.uniform(0, 2 * np.pi), rng.uniform(1, 15), 0
@@ -21,7 +21,7 @@ def sea(rng, side):
     return np.clip(water + glint * rng.uniform(5, 50), 0, 255).astype(np.uint8)
 
 
-def draw_wake(pen, rng):
+def draw_wake(pen: Pen, rng: np.random.Generator) -> None:
     """Foam behind the stern and along the bow of a ship under way."""
     foam = Image.new("L", pen.image.size)
     streak = ImageDraw.Draw(foam)

@@ -10,6 +10,9 @@ training set may be joined by commas."""
 
 import argparse
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,12 +23,12 @@ from common.text import print_findings
 from common.workers import in_processes
 from detection.data.annotations import for_training, read_annotations
 from detection.data.batches import read_image
-from detection.data.records import Findings
+from detection.data.records import Annotations, Findings, Record
 
 MEDIUM, LARGE = 32**2, 96**2  # COCO's limits: the areas in square pixels at which an object is medium, large
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="+", metavar="SOURCE", help="a COCO file (.json) or an image set of Pascal VOC (.txt): that "
@@ -36,7 +39,7 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Print tables and findings. Returns 1 where there are errors, else 0."""
     args = parse_arguments(argv)
     errors, notes, parts, classes = [], [], [], None
@@ -59,7 +62,7 @@ def main(argv=None):
                           ": fit for training and testing")
 
 
-def print_table(source, part):
+def print_table(source: str, part: Annotations) -> None:
     """Print one line a class: its objects, the images with one, and how many are difficult, small, medium, large."""
     labels, areas, difficult = (np.concatenate([getattr(record, name) for record in part.records] or [np.zeros(0)])
                                 for name in ("labels", "areas", "difficult"))  # (objects,)
@@ -80,12 +83,12 @@ def print_table(source, part):
 # ---- findings --------------------------------------------------------------------------------------------------------
 
 
-def some(found, what):
+def some(found: Sequence[Any], what: str) -> list[str]:
     """One sentence that counts `found` and shows the first; none where there is nothing."""
     return [f"{what}: {len(found)}, the first: {found[0]}"] if found else []
 
 
-def notes_of(source, part):
+def notes_of(source: str, part: Annotations) -> list[str]:
     """Sentences about one source: what will not be trained on, classes without objects, boxes given twice."""
     trained = for_training(part)
     kept = {record.path: len(record.labels) for record in trained.records}
@@ -104,13 +107,13 @@ def notes_of(source, part):
             *some(absent, f"{source}: classes without objects")]
 
 
-def repeated(record):
+def repeated(record: Record) -> list[tuple[int, tuple[float, ...]]]:
     """[(label, (x1, y1, x2, y2))] of the objects that are there more than once."""
     counts = Counter(zip(record.labels.tolist(), map(tuple, record.boxes.tolist()), strict=True))
     return [found for found, times in counts.items() if times > 1]
 
 
-def read_images(parts, processes):
+def read_images(parts: Iterable[Annotations], processes: int | None) -> tuple[dict[Path, str], list[str]]:
     """Decode every image. Returns ({path: SHA-256 of its file}, [errors])."""
     records = list({record.path: record for part in parts for record in part.records}.values())
     jobs, contents, errors = [records[start:start + 64] for start in range(0, len(records), 64)], {}, []
@@ -125,7 +128,7 @@ def read_images(parts, processes):
     return contents, errors
 
 
-def _read(records):
+def _read(records: Iterable[Record]) -> list[tuple[Path, str | None, str | None]]:
     """[(path, digest or None, what is wrong or None)]."""
     results = []
     for record in records:
@@ -137,7 +140,8 @@ def _read(records):
     return results
 
 
-def same_images(sources, parts, contents):
+def same_images(sources: Sequence[str], parts: Sequence[Annotations],
+                contents: dict[Path, str]) -> tuple[list[str], list[str]]:
     """(errors, notes): the same bytes in several sources, or under several names in one."""
     places = {}
     for source, part in zip(sources, parts, strict=True):

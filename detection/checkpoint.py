@@ -1,6 +1,8 @@
 """Checkpoints of detectors: their metadata, and loading them."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,19 +18,19 @@ DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": di
 RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
 
 
-def describe_model(architecture):
+def describe_model(architecture: Architecture) -> dict[str, Any]:
     """The Architecture as plain values, and the parameters of the anchors, which a teacher must share."""
     return {**dataclasses.asdict(architecture), "strides": list(STRIDES), "anchor_scale": ANCHOR_SCALE,
             "anchor_offset": 0}
 
 
-def describe_preprocessing(short, long):
+def describe_preprocessing(short: int, long: int) -> dict[str, Any]:
     """The preprocessing of a detector's images as plain values: sides in pixels, means and deviations of R, G, B in
     0..255."""
     return {"short": short, "long": long, "mean": list(MEAN), "std": list(STD)}
 
 
-def load_detector(path):
+def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     """The Detector of a checkpoint of this project, in eval mode on the CPU, and the checkpoint's description.
 
     Raises UserError for a file that is none, or whose weights are not those that its metadata describes."""
@@ -56,7 +58,7 @@ def load_detector(path):
     return network.eval(), description
 
 
-def is_description(value):
+def is_description(value: Any) -> bool:
     """Whether `value` is the metadata of a detector's checkpoint, each entry of its kind and in its range."""
     if not is_metadata(value, DESCRIPTION):
         return False

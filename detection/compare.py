@@ -4,14 +4,16 @@
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.files import read_json
 from common.runtime import UserError, run_script
 from detection.tables import comparison_table
 
 
-def read_rows(rows):
+def read_rows(rows: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """{name: [results]} of arguments NAME=FOLDER,FOLDER. Raises UserError for one of another form, for a folder without
     results, and for results that were not measured alike."""
     found = {}
@@ -28,14 +30,14 @@ def read_rows(rows):
     return found
 
 
-def test_of(results):
+def test_of(results: dict[str, Any]) -> tuple[str, str, int, str]:
     """(metric, suppression, number of images, digest of images and boxes) of a test. An older version did not record
     the digest."""
     return (results["metric"], results.get("settings", {}).get("suppression", "nms"), results["images"],
             results.get("test_images", ""))
 
 
-def read_results(path):
+def read_results(path: Path) -> dict[str, Any]:
     """The results of a detector's test."""
     results = read_json(path)
     if not isinstance(results, dict) or not all(key in results for key in ("AP", "AP50", "AP75", "metric", "images")):
@@ -43,7 +45,7 @@ def read_results(path):
     return results
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("rows", nargs="+", metavar="NAME=FOLDER,FOLDER", help="a row of the table and its runs")
     print(comparison_table(read_rows(flags.parse_args(argv).rows)))

@@ -14,7 +14,9 @@ import argparse
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.models.resnet import Bottleneck
@@ -50,20 +52,20 @@ CLASSIFY, REGRESS, QUALITY = (f"bbox_head.{name}.weight" for name in ("gfl_cls",
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def mmdet_name(name):
+def mmdet_name(name: str) -> str:
     """What mmdetection calls an entry of a Detector's state dict."""
     for ours, theirs in NAMES:
         name = re.sub(f"^{ours}(?=\\.)", theirs, name)
     return name
 
 
-def to_mmdet(state):
+def to_mmdet(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict of a Detector in mmdetection's names."""
     scales = {SCALE.format(level): scale for level, scale in enumerate(state[SCALES])}
     return {mmdet_name(name): value for name, value in state.items() if name != SCALES} | scales
 
 
-def from_mmdet(state, names):
+def from_mmdet(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The inverse of `to_mmdet`. names: of the entries of the Detector."""
     scales = [state[SCALE.format(level)] for level in range(len(STRIDES))]
     return {name: torch.stack(scales) if name == SCALES else state[mmdet_name(name)] for name in names}
@@ -72,7 +74,7 @@ def from_mmdet(state, names):
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_mmdet(path):
+def read_mmdet(path: str | Path) -> tuple[dict[str, torch.Tensor], list[Any] | None]:
     """A file of mmdetection as (state dict, names of the classes or None), without what a Detector does not have.
 
     Raises UserError for what is no such file, and for what a Detector has no counterpart of."""
@@ -92,7 +94,7 @@ def read_mmdet(path):
     return state, named_classes(content.get("meta"))
 
 
-def named_classes(meta):
+def named_classes(meta: Any) -> list[Any] | None:
     """The names of the classes in the `meta` of a checkpoint (mmdetection 2: CLASSES; 3: dataset_meta), or None."""
     meta = meta if isinstance(meta, dict) else {}
     inner = meta.get("dataset_meta")
@@ -103,7 +105,7 @@ def named_classes(meta):
     return None
 
 
-def read_architecture(state, path):
+def read_architecture(state: Mapping[str, torch.Tensor], path: str | Path) -> tuple[Architecture, int]:
     """(Architecture, number of classes) that a state dict of mmdetection has by its names and shapes.
 
     Raises UserError if it is no GFL detector, or on another ResNet than ours."""
@@ -124,7 +126,7 @@ def read_architecture(state, path):
                         len(state[REGRESS]) // 4 - 1, QUALITY in state), num_classes
 
 
-def without_background(state):
+def without_background(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict whose classifier has the channels of the classes alone: GFocal V2's has one more, of the background,
     which neither its loss nor its tests read."""
     if QUALITY not in state:
@@ -132,13 +134,13 @@ def without_background(state):
     return {name: value[:-1] if name in (CLASSIFY, CLASSIFY_BIAS) else value for name, value in state.items()}
 
 
-def count(state, template):
+def count(state: Iterable[str], template: str) -> int:
     """How many names of `state` are `template` with a number."""
     pattern = re.escape(template).replace(r"\{\}", r"\d+")
     return sum(re.fullmatch(pattern, name) is not None for name in state)
 
 
-def check_classes(classes, num_classes, path, source):
+def check_classes(classes: Sequence[Any] | None, num_classes: int, path: str | Path, source: str | Path | None) -> None:
     """Raise UserError unless `classes` are the names of so many classes. source: where they stand, None for nowhere."""
     if classes is None:
         raise UserError(f"{path}: does not name its {num_classes} classes; give a text file with one name a line as "
@@ -155,7 +157,7 @@ def check_classes(classes, num_classes, path, source):
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def convert(path, classes_file, short, long):
+def convert(path: str | Path, classes_file: str | Path | None, short: int, long: int) -> dict[str, Any]:
     """The checkpoint of a Detector of a file of mmdetection, as `save_checkpoint` takes it.
 
     classes_file: None, or a text file with the names of the classes. short, long: limits of an image's sides in pixels
@@ -181,7 +183,7 @@ def convert(path, classes_file, short, long):
     return {"model": model, "description": description}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", metavar="FILE", help="checkpoint or state dict of mmdetection")
     parser.add_argument("output", metavar="OUTPUT", help="the checkpoint to write")

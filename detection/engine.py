@@ -1,8 +1,10 @@
 """How a detector trains: from settings to a run, epoch by epoch, to the test of its last epoch. A stage script says
 what: a `Method` and its settings."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ from detection import pictures
 from detection.assigners.targets import ground_truth
 from detection.checkpoint import describe_model, describe_preprocessing
 from detection.data.annotations import fingerprint, for_training, read_annotations
-from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, loader
+from detection.data.batches import AspectRatioBatchSampler, Batch, DetectionDataset, loader
 from detection.data.records import Annotations
 from detection.data.transforms import normalise
 from detection.evaluation import ap_of_run, read_test_annotations, test, test_only
@@ -48,18 +50,18 @@ from detection.geometry.anchors import pyramid_sizes
 from detection.methods.method import Method, Step
 from detection.network.backbone import initialise
 from detection.network.detector import Detector
-from detection.settings import data_name, identity_of_run, parse_settings
+from detection.settings import Settings, data_name, identity_of_run, parse_settings
 
 FLIP = 0.5  # probability that a training image is mirrored
 WARMUP_RATIO = 0.001  # of the learning rate, where it starts
 
 
-def run_stage(method, settings, description, argv=None):
+def run_stage(method: Method, settings: Settings, description: str | None, argv: Sequence[str] | None = None) -> None:
     """The main program of a stage script: parse the flags, then train and test, or only test. Exits the process."""
     run_script(lambda: _run(method, parse_settings(method.name, settings, description, argv)))
 
 
-def _run(method, settings):
+def _run(method: Method, settings: Settings) -> None:
     device = resolve_device(settings.device)
     start_processes(device)
     seed_everything(settings.seed)
@@ -71,11 +73,11 @@ def _run(method, settings):
 class Trainee(torch.nn.Module):
     """The trained networks: the published one, and the companions that its method trains beside it."""
 
-    def __init__(self, student, companions, forward):
+    def __init__(self, student: torch.nn.Module, companions: dict[str, torch.nn.Module], forward: Callable[..., Any]):
         super().__init__()
         self.student, self.companions, self.forward_of_method = student, torch.nn.ModuleDict(companions), forward
 
-    def forward(self, images, teacher):
+    def forward(self, images: torch.Tensor, teacher: Any) -> Any:
         """The outputs of the method's `forward`. images: (N, 3, H, W), normalised. teacher: the teacher's outputs."""
         return self.forward_of_method(self.student, self.companions, images, teacher)
 
@@ -88,25 +90,25 @@ class Run(TrainingRun):
     train_annotations: Annotations
     test_annotations: Annotations
     teacher: torch.nn.Module | None  # frozen; not a part of what is trained
-    companions: dict = field(default_factory=dict)  # {name: network trained beside the published one}
+    companions: dict[str, torch.nn.Module] = field(default_factory=dict)  # trained beside the published one, by name
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dataset = DetectionDataset(self.train_annotations)
         self._trainee = Trainee(self.network, self.companions, self.method.forward)
 
     @property
-    def trainee(self):
+    def trainee(self) -> Trainee:
         return self._trainee
 
-    def batches(self):
+    def batches(self) -> Iterable[Batch]:
         """The batches that are left of the epoch."""
         self.sampler.set_position(self.epoch, self.step)
         return loader(self.dataset, self.sampler, self.settings.workers, self.device)
 
-    def more_state(self):
+    def more_state(self) -> dict[str, Any]:
         return {"companions": self.trainee.companions.state_dict()} if self.companions else {}
 
-    def restore_more(self, state):
+    def restore_more(self, state: dict[str, Any]) -> None:
         if self.companions:
             self.trainee.companions.load_state_dict(state["companions"])
 
@@ -114,7 +116,7 @@ class Run(TrainingRun):
 # ---- before training -------------------------------------------------------------------------------------------------
 
 
-def train(method, settings, device):
+def train(method: Method, settings: Settings, device: torch.device) -> None:
     """Train a detector, keep `last.pt` for --resume and at the end `final.pt`, and test that: the last epoch, whatever
     the others would have scored on the test images."""
     folder = Path(settings.output)
@@ -142,7 +144,7 @@ def train(method, settings, device):
         test(settings, folder / "final.pt", device)
 
 
-def teacher_sha256(settings):
+def teacher_sha256(settings: Any) -> str:
     """Hexadecimal SHA-256 of the teacher's file: with another teacher it is another run."""
     if not Path(settings.teacher).is_file():
         raise UserError(f"--teacher {settings.teacher}: no such checkpoint; train one with python -m "
@@ -150,7 +152,8 @@ def teacher_sha256(settings):
     return sha256_of(settings.teacher)
 
 
-def describe_run(method, settings, annotations, identity, device):
+def describe_run(method: Method, settings: Settings, annotations: Annotations, identity: dict[str, Any],
+                 device: torch.device) -> dict[str, Any]:
     """The metadata of the run's checkpoints, plain values. annotations: those to train on."""
     return {"stage": method.name, "classes": list(annotations.classes),
             "model": describe_model(method.architecture(settings)),
@@ -159,7 +162,8 @@ def describe_run(method, settings, annotations, identity, device):
             "processes": world_size(), "versions": library_versions()}
 
 
-def start_run(method, settings, train_annotations, test_annotations, identity, device, precision):
+def start_run(method: Method, settings: Settings, train_annotations: Annotations, test_annotations: Annotations,
+              identity: dict[str, Any], device: torch.device, precision: str) -> Run:
     """A Run, new or resumed."""
     description = describe_run(method, settings, train_annotations, identity, device)
     teacher = method.load_teacher(settings, description, device, precision) if method.load_teacher else None
@@ -196,7 +200,7 @@ def start_run(method, settings, train_annotations, test_annotations, identity, d
     return run
 
 
-def notes(run):
+def notes(run: Run) -> Iterator[str]:
     """Sentences about settings that do not do what they seem to: those of every run, then those of the method."""
     settings, steps = run.settings, run.settings.epochs * len(run.sampler)
     if 2 * settings.warmup_steps > steps:
@@ -211,7 +215,7 @@ def notes(run):
 # ---- a step, an epoch ------------------------------------------------------------------------------------------------
 
 
-def train_step(run, trained, batch):
+def train_step(run: Run, trained: torch.nn.Module, batch: Batch) -> tuple[tuple[str, ...], torch.Tensor]:
     """One step. Returns the names of the loss terms and their weighted values, (terms,).
 
     trained: `run.trainee`, or its form for training. batch: a batches.Batch on the CPU."""
@@ -236,7 +240,7 @@ def train_step(run, trained, batch):
     return tuple(losses), terms.detach()
 
 
-def start_step(run, batch):
+def start_step(run: Run, batch: Batch) -> Step:
     """The Step of a batch on the run's device. Its targets are in it already unless the method assigns by the outputs
     of the networks: what waits for the GPU here does not wait for the forward pass."""
     device = run.device
@@ -249,7 +253,7 @@ def start_step(run, batch):
     return step
 
 
-def learning_rate(settings, epoch, step, steps_per_epoch):
+def learning_rate(settings: Settings, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step: lr * batch_size / 16, a tenth of it for each of lr_steps that has begun, and over
     the first warmup_steps steps rising linearly from WARMUP_RATIO of it. epoch counts from 1, step (in the epoch) from
     0."""
@@ -260,7 +264,7 @@ def learning_rate(settings, epoch, step, steps_per_epoch):
     return base * (WARMUP_RATIO + (1 - WARMUP_RATIO) * done / settings.warmup_steps)
 
 
-def finish_epoch(run, record):
+def finish_epoch(run: Run, record: dict[str, Any]) -> None:
     """Test the network if that is due, print the epoch's line, and keep the last epoch's weights."""
     settings = run.settings
     if settings.test_every and run.epoch % settings.test_every == 0:

@@ -1,7 +1,9 @@
 """The test of a detector: detections of the test images, their average precision, the cost of an image, pictures."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,14 +25,17 @@ from detection import pictures
 from detection.checkpoint import load_detector
 from detection.data.annotations import fingerprint, read_annotations
 from detection.data.batches import DetectionDataset, loader, read_image, test_draws
+from detection.data.records import Annotations
 from detection.inference import detect, inference_network
 from detection.metrics.coco_ap import coco_ap
 from detection.metrics.voc_ap import voc_ap
-from detection.settings import data_name
+from detection.network.detector import Detector
+from detection.settings import Settings, data_name
 from detection.tables import results_table
 
 
-def detect_all(network, annotations, preprocessing, settings, device, precision):
+def detect_all(network: Detector, annotations: Annotations, preprocessing: dict[str, Any], settings: Settings,
+               device: torch.device, precision: str) -> list[dict[str, torch.Tensor]]:
     """The detections of every image of `annotations`, in their order; with several processes each takes a share, and
     all of them return the whole.
 
@@ -47,14 +52,15 @@ def detect_all(network, annotations, preprocessing, settings, device, precision)
     return [detections[index] for index in range(len(annotations.records))]
 
 
-def average_precisions(detections, annotations, metric):
+def average_precisions(detections: Sequence[dict[str, torch.Tensor]], annotations: Annotations,
+                       metric: str) -> dict[str, Any]:
     """AP by the metric that settings name, as `coco_ap` and `voc_ap` return it."""
     if metric == "coco":
         return coco_ap(detections, annotations)
     return voc_ap(detections, annotations, "11-point" if metric == "voc07" else "area")
 
 
-def ap_of_run(run):
+def ap_of_run(run: Any) -> dict[str, float | None]:
     """AP, AP50 and AP75 of the network that a run trains, for its log; nothing on any process but the first."""
     found = detect_all(run.network, run.test_annotations, run.description["preprocessing"], run.settings, run.device,
                        run.precision)
@@ -64,7 +70,7 @@ def ap_of_run(run):
     return {name: results[name] for name in ("AP", "AP50", "AP75")}
 
 
-def read_test_annotations(settings, classes):
+def read_test_annotations(settings: Settings, classes: Sequence[str]) -> Annotations:
     """The Annotations to test on. classes: the names that they are to have, in id order."""
     annotations = read_annotations(settings.test, settings.test_images or settings.images or None, classes)
     if not annotations.records:
@@ -73,7 +79,8 @@ def read_test_annotations(settings, classes):
 
 
 @torch.inference_mode()
-def cost(network, preprocessing, device, precision, repeats=5):
+def cost(network: Detector, preprocessing: dict[str, Any], device: torch.device, precision: str,
+         repeats: int = 5) -> dict[str, Any]:
     """Parameters, and FLOPs (2 a multiply-add) and milliseconds of a 4:3 image of the size of tests, suppression not
     included (median of 5 after one to warm up)."""
     short, long = preprocessing["short"], preprocessing["long"]
@@ -92,7 +99,7 @@ def cost(network, preprocessing, device, precision, repeats=5):
             "cost_image_size": [height, width]}
 
 
-def test(settings, weights, device):
+def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[str, Any] | None:
     """Test a checkpoint: print the table, and write results.json, precision_recall.png and detections.png into
     `settings.output`. Returns the results on the first process, None on the others."""
     folder = Path(settings.output)
@@ -126,7 +133,7 @@ def test(settings, weights, device):
     return results
 
 
-def draw_sheet(annotations, found, path):
+def draw_sheet(annotations: Annotations, found: Sequence[dict[str, torch.Tensor]], path: Path) -> None:
     """A dozen test images, evenly over the list, with their detections against the ground truth."""
     count, shown = len(annotations.records), pictures.SHEET_IMAGES
     chosen = sorted({round(k * (count - 1) / (shown - 1)) for k in range(shown)})
@@ -134,12 +141,12 @@ def draw_sheet(annotations, found, path):
     pictures.draw_sheet(rows, annotations.classes, path)
 
 
-def test_settings(settings):
+def test_settings(settings: Settings) -> dict[str, Any]:
     """The settings that the results of a test depend on."""
     return {name: getattr(settings, name) for name in ("test", "metric", "suppression")}
 
 
-def test_only(settings, device):
+def test_only(settings: Settings, device: torch.device) -> None:
     """`--test-only` and `python -m detection.test`: test --weights, or final.pt of --output."""
     folder = Path(settings.output)
     weights = Path(settings.weights or folder / "final.pt")

@@ -1,11 +1,16 @@
 """From a trained detector to the boxes of an image."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from common.runtime import autocast
 from common.weights import fold_batch_norm
 from detection.data.transforms import normalise
+from detection.geometry.anchors import Anchors
 from detection.geometry.suppression import SUPPRESSIONS
+from detection.network.detector import Detector
+from detection.network.gfl_head import Outputs
 
 CANDIDATES = 1000  # of each level, by their highest class score
 LEAST_SCORE = 0.05
@@ -13,13 +18,15 @@ OVERLAP = 0.6  # IoU above which the higher-scoring of two boxes of a class supp
 MOST = 100  # detections of an image
 
 
-def inference_network(network, device):
+def inference_network(network: Detector, device: torch.device) -> Detector:
     """A copy of a detector for inference: in eval mode, its batch norms folded into the convolutions before them."""
     return fold_batch_norm(network).to(device, memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def detect(network, images, sizes, scales, device, precision, suppression="nms"):
+def detect(network: Detector, images: torch.Tensor, sizes: Sequence[tuple[int, int]],
+           scales: Sequence[tuple[float, float]], device: torch.device, precision: str,
+           suppression: str = "nms") -> list[dict[str, torch.Tensor]]:
     """The detections of a batch, [{"boxes": (M, 4) xyxy in pixels of the original image, "scores": (M,) descending,
     "labels": (M,)}], on the CPU.
 
@@ -32,7 +39,8 @@ def detect(network, images, sizes, scales, device, precision, suppression="nms")
     return detections(outputs, anchors, sizes, scales, suppression)
 
 
-def detections(outputs, anchors, sizes, scales, suppression="nms"):
+def detections(outputs: Outputs, anchors: Anchors, sizes: Sequence[tuple[int, int]],
+               scales: Sequence[tuple[float, float]], suppression: str = "nms") -> list[dict[str, torch.Tensor]]:
     """What `detect` returns, of the Outputs of a batch and their Anchors."""
     boxes = outputs.boxes(anchors)  # (N, A, 4)
     scores = outputs.scores  # (N, A, C)
@@ -40,7 +48,9 @@ def detections(outputs, anchors, sizes, scales, suppression="nms"):
             for i in range(len(sizes))]
 
 
-def _detections_of_image(boxes, scores, anchors, size, scale, suppress):
+def _detections_of_image(boxes: torch.Tensor, scores: torch.Tensor, anchors: Anchors, size: tuple[int, int],
+                         scale: tuple[float, float],
+                         suppress: Callable[..., tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
     best = scores.amax(dim=1)
     kept, start = [], 0
     for level in best.split(anchors.counts):

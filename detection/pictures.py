@@ -1,13 +1,19 @@
 """Pictures of a detector: boxes on an image, a sheet of tested images, precision and recall, the curves of training."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from common.charts import new_figure, save_figure
 from common.files import atomic_path
+from detection.data.records import Record
 from detection.metrics.voc_ap import envelope
 
 # Okabe and Ito's colours, which the colour-blind can tell apart: on images without their black, on white without their
@@ -20,7 +26,7 @@ SHEET_IMAGES, SHEET_COLUMNS, SHEET_SCORE = 12, 4, 0.3
 TILE_WIDTH, CAPTION, GAP, TEXT = 420, 22, 8, 13  # pixels
 
 
-def class_colour(label):
+def class_colour(label: int) -> tuple[int, int, int]:
     """(red, green, blue), 0..255, of a class on images: seven colours, then lighter ones, then darker ones."""
     colour = np.array(ImageColor.getrgb(ON_IMAGES[label % 7]))
     shades = (colour, 0.45 * colour + 140, 0.6 * colour)
@@ -30,7 +36,8 @@ def class_colour(label):
 # ---- boxes on images -------------------------------------------------------------------------------------------------
 
 
-def draw_boxes(image, boxes, labels, scores, classes):
+def draw_boxes(image: Image.Image | torch.Tensor, boxes: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray,
+               scores: torch.Tensor | np.ndarray, classes: Sequence[str]) -> Image.Image:
     """A copy of an image with the boxes in their classes' colours, the highest-scoring on top, each with its class and
     score; in a crowd with the score alone, or with neither, rather than across another's.
 
@@ -42,7 +49,8 @@ def draw_boxes(image, boxes, labels, scores, classes):
     return picture
 
 
-def _draw_outlines(picture, boxes, labels, scores):
+def _draw_outlines(picture: Image.Image, boxes: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray,
+                   scores: torch.Tensor | np.ndarray) -> None:
     draw, width = ImageDraw.Draw(picture), max(2, round(min(picture.size) / 300))
     corners, order = _pixels(boxes, picture.size), np.argsort(np.asarray(scores), kind="stable").tolist()
     for i in order:
@@ -50,7 +58,8 @@ def _draw_outlines(picture, boxes, labels, scores):
             draw.rectangle(corners[i], outline=class_colour(int(labels[i])), width=width)
 
 
-def _write_labels(picture, boxes, labels, scores, classes):
+def _write_labels(picture: Image.Image, boxes: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray,
+                  scores: torch.Tensor | np.ndarray, classes: Sequence[str]) -> None:
     corners, order = _pixels(boxes, picture.size), np.argsort(-np.asarray(scores), kind="stable").tolist()
     plates = []
     for i in order:  # the highest-scoring choose their place first
@@ -59,14 +68,14 @@ def _write_labels(picture, boxes, labels, scores, classes):
                          class_colour(int(labels[i])), plates)
 
 
-def _rgb(image):
+def _rgb(image: Image.Image | torch.Tensor) -> Image.Image:
     """A PIL image in RGB, which may be drawn on, of a PIL image or a (3, H, W) uint8 tensor."""
     if isinstance(image, Image.Image):
         return image.convert("RGB").copy()
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def _pixels(boxes, size):
+def _pixels(boxes: ArrayLike, size: tuple[int, int]) -> list[list[int] | None]:
     """The first and the last pixel, [x, y, x, y], that each of boxes (M, 4) xyxy touches in an image of `size` (width,
     height); None for a box outside it."""
     boxes, size = np.asarray(boxes, np.float64).reshape(-1, 2, 2), np.array(size)
@@ -77,7 +86,8 @@ def _pixels(boxes, size):
     return [box if touches else None for box, touches in zip(corners, inside, strict=True)]
 
 
-def _write_label(picture, box, name, score, colour, plates):
+def _write_label(picture: Image.Image, box: Sequence[int], name: str, score: str, colour: tuple[int, int, int],
+                 plates: list[tuple[int, ...]]) -> None:
     """Write name and score on a plate of `colour` at the box (first and last pixel), in the first of a few places that
     is in the picture and free of `plates`, [x, y, x, y] each, to which the new one is added. The letters grow with the
     picture, and shrink in a narrow one."""
@@ -100,12 +110,12 @@ def _write_label(picture, box, name, score, colour, plates):
             return
 
 
-def _meet(a, b):
+def _meet(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two rectangles [x, y, x, y], first and last pixel, share a pixel."""
     return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
 
-def _draw_truth(picture, boxes, difficult):
+def _draw_truth(picture: Image.Image, boxes: ArrayLike, difficult: Sequence[bool] | np.ndarray) -> Image.Image:
     """The picture with the outlines of boxes (M, 4) in dashes of white and black, of difficult ones in dots."""
     pixels = np.array(picture)  # (H, W, 3)
     for box, dots in zip(_pixels(boxes, picture.size), difficult, strict=True):
@@ -119,7 +129,8 @@ def _draw_truth(picture, boxes, difficult):
     return Image.fromarray(pixels)
 
 
-def draw_sheet(rows, classes, path):
+def draw_sheet(rows: Sequence[tuple[Image.Image | torch.Tensor, Record, Mapping[str, Any]]], classes: Sequence[str],
+               path: Path) -> None:
     """The first twelve of `rows` on one sheet: detections with a score of at least .3 against the ground truth.
 
     rows: [(image as draw_boxes takes it, its annotations.Record, its detections), ...], at least one. classes: the
@@ -141,13 +152,14 @@ def draw_sheet(rows, classes, path):
         sheet.save(temporary, format="PNG")
 
 
-def _sure(found):
+def _sure(found: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The detections of an image that a sheet shows, as numpy arrays."""
     sure = np.asarray(found["scores"]) >= SHEET_SCORE
     return {key: np.asarray(found[key])[sure] for key in ("boxes", "labels", "scores")}
 
 
-def _draw_tile(image, record, found, classes, size):
+def _draw_tile(image: Image.Image | torch.Tensor, record: Record, found: Mapping[str, np.ndarray],
+               classes: Sequence[str], size: tuple[int, int]) -> Image.Image:
     """An image with its detections and ground truth, scaled to fit `size` (width, height)."""
     image = _rgb(image)
     scale = min(size[0] / image.width, size[1] / image.height)
@@ -159,7 +171,7 @@ def _draw_tile(image, record, found, classes, size):
     return tile
 
 
-def _write_caption(sheet, at, record):
+def _write_caption(sheet: Image.Image, at: tuple[int, int], record: Record) -> None:
     """The image's name, shortened at its beginning to the width of a tile, and how many objects there are."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
     objects = int((~record.difficult).sum())
@@ -169,7 +181,8 @@ def _write_caption(sheet, at, record):
     draw.text((at[0], at[1] + 3), name + rest, fill="black", font=font)
 
 
-def _draw_legend(rows, classes, width):
+def _draw_legend(rows: Sequence[tuple[Any, Record, Mapping[str, np.ndarray]]], classes: Sequence[str],
+                 width: int) -> Image.Image:
     """What the outlines of a sheet mean, as a picture of that width."""
     swatch = Image.new("RGB", (30, 12), "#5A6E5A")  # the kind of ground that the dashes are seen on
     entries = [("ground truth", _draw_truth(swatch, [[0, 0, 30, 12]], [False]))]
@@ -195,12 +208,12 @@ def _draw_legend(rows, classes, width):
 # ---- charts ----------------------------------------------------------------------------------------------------------
 
 
-def _styles():
+def _styles() -> Iterator[dict[str, str]]:
     """Colours and dashes of the lines of a chart, twenty-eight of them, again and again."""
     return cycle({"color": colour, "linestyle": dashes} for dashes, colour in product(DASHES, ON_WHITE))
 
 
-def draw_precision_recall(curves, path):
+def draw_precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], path: Path) -> None:
     """Precision over recall of every class, the best class first in the legend.
 
     curves: {class: (recall (D,), precision (D,), AP)} as voc_ap and coco_ap return them. path: of the PNG."""
@@ -220,7 +233,7 @@ def draw_precision_recall(curves, path):
     save_figure(figure, path)
 
 
-def draw_curves(records, path):
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Loss terms, learning rate and, where the records have it, AP over the epochs.
 
     records: the log's, dicts with `epoch`, `lr`, loss terms by name, and perhaps names beginning with `AP` (fractions).

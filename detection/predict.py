@@ -16,7 +16,12 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
 
 from common.files import atomic_path, write_json
 from common.images import find_images, unreadable
@@ -27,12 +32,14 @@ from detection.checkpoint import load_detector
 from detection.data.transforms import decode_rgb, pad_to_batch, resize_for_test
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import LEAST_SCORE, MOST, detect, inference_network
+from detection.network.detector import Detector
 from detection.pictures import draw_boxes
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
 
 
-def predict(network, files, preprocessing, device, precision, suppression):
+def predict(network: Detector, files: Iterable[Path], preprocessing: dict[str, Any], device: torch.device,
+            precision: str, suppression: str) -> Iterator[tuple[Path, Any, Any, str | None]]:
     """Yield (file, image, detections, None) for each file in order, or (file, None, None, the reason) for one that
     cannot be read.
 
@@ -49,7 +56,7 @@ def predict(network, files, preprocessing, device, precision, suppression):
         yield file, image, detect(network, images, sizes, [scale], device, precision, suppression)[0], None
 
 
-def picture_paths(files, folder):
+def picture_paths(files: Sequence[Path], folder: str | Path) -> dict[Path, Path]:
     """{file: path of its picture}, a path of its own for each file, and none of them that of an image.
 
     Raises UserError where a picture would take the place of an image."""
@@ -69,27 +76,27 @@ def picture_paths(files, folder):
     return pictures
 
 
-def save_picture(picture, path):
+def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PIL image as the suffix of `path` says."""
     with atomic_path(path) as temporary:
         picture.save(temporary, format=FORMATS[path.suffix.lower()], quality=95)
 
 
-def summary(labels, classes):
+def summary(labels: Sequence[int], classes: Sequence[str]) -> str:
     """`3 objects: 2 plane, 1 ship`. labels: ids of classes."""
     counts = Counter(labels).most_common()
     parts = ", ".join(f"{count} {classes[label]}" for label, count in counts)
     return counted(len(labels), "object") + (f": {parts}" if parts else "")
 
 
-def as_rows(detections, classes):
+def as_rows(detections: dict[str, torch.Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
     """Detections of an image as plain values, the highest-scoring first."""
     columns = (detections[name].tolist() for name in ("labels", "scores", "boxes"))
     return [{"id": label, "class": classes[label], "score": round(score, 6), "box": [round(side, 3) for side in box]}
             for label, score, box in zip(*columns, strict=True)]
 
 
-def parse(argv):
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
@@ -108,7 +115,7 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if an image could not be read, else 0."""
     args = parse(argv)
     device = resolve_device(args.device)

@@ -7,6 +7,7 @@ Writes NAME-12345678.pt, with the first digits of the file's SHA-256 in its name
 yours, and does all that the checkpoint does but go on with training."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import publish_checkpoint
@@ -14,7 +15,7 @@ from common.runtime import run_script
 from detection.checkpoint import load_detector
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="checkpoint of a detector")
     parser.add_argument("--output", metavar="FOLDER", help="where to write (default: beside the weights)")

@@ -2,8 +2,10 @@
 published recipes."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
 from common.runtime import UserError
@@ -23,7 +25,7 @@ RECIPES = {
 METRICS = ("coco", "voc07", "voc")
 
 
-def sides(text):
+def sides(text: str) -> tuple[int, int]:
     """"800" -> (800, 800); "480,800" -> (480, 800). The type of --short."""
     numbers = tuple(int(number) for number in text.split(","))
     if len(numbers) not in (1, 2):
@@ -81,7 +83,7 @@ class Settings:
     test_only: bool = setting(False, "train nothing: test --weights and write results.json")
     weights: str = setting("", "checkpoint to test (default: final.pt of --output)")
 
-    def ranges(self):
+    def ranges(self) -> tuple[tuple[str, float, float], ...]:
         """[(name, lowest, highest)] of the settings that are numbers."""
         return (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 64, 4096), ("tower_convs", 0, 16),
                 ("reg_max", 4, 64), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
@@ -94,7 +96,8 @@ NOT_PART_OF_A_RUN = ("train", "test", "images", "test_images", "output", "recipe
                      "tensorboard", "resume", "test_only", "weights", "suppression", "metric", "test_every", "teacher")
 
 
-def parse_settings(stage, settings, description, argv=None):
+def parse_settings(stage: str, settings: Settings, description: str | None,
+                   argv: Sequence[str] | None = None) -> Settings:
     """The settings of a stage script as changed by its flags, checked, with its folder names filled in.
 
     stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
@@ -114,7 +117,7 @@ def parse_settings(stage, settings, description, argv=None):
     return settings
 
 
-def data_name(source):
+def data_name(source: str) -> str:
     """The name of the folder that a source lies in: VOC2007 for VOC2007/ImageSets/Main/trainval.txt, mine for
     mine/train.json and mine/annotations/train.json."""
     folder = Path(source.split(",")[0]).resolve().parent
@@ -123,7 +126,7 @@ def data_name(source):
     return folder.name
 
 
-def check_ranges(settings):
+def check_ranges(settings: Settings) -> None:
     """Raise UserError for the first setting that is out of its range."""
     for name, low, high in settings.ranges():
         check_range(settings, name, low, high)
@@ -134,7 +137,7 @@ def check_ranges(settings):
         raise UserError(f"--channels {settings.channels}: expected a multiple of 32, the groups of the group norms")
 
 
-def identity_of_run(stage, settings, precision, data, **more):
+def identity_of_run(stage: str, settings: Settings, precision: str, data: str, **more: Any) -> dict[str, Any]:
     """The plain values that identify a run: two runs with equal ones compute the same on the same device.
 
     precision: resolved, `fp32` or `bf16`. data: the fingerprint of the annotations to train on. more: the digest of

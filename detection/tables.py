@@ -1,6 +1,8 @@
 """The tables of detectors as text."""
 
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
+from typing import Any
 
 from common.text import percent
 
@@ -8,7 +10,7 @@ COLUMNS = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "AP_small": "small", "AP_
 RECALLS = {"AR_1": "1", "AR_10": "10", "AR_100": "100", "AR_small": "small", "AR_medium": "medium", "AR_large": "large"}
 
 
-def results_table(results):
+def results_table(results: dict[str, Any]) -> str:
     """The table of one test as text, in per cent: a line a class, then all of them, whose AP and recall are means over
     the classes.
 
@@ -28,7 +30,7 @@ def results_table(results):
     return "\n".join(lines)
 
 
-def comparison_table(rows):
+def comparison_table(rows: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Mean and standard deviation (of a sample) over the runs of each row, as text, in per cent.
 
     rows: {name: [results of a run]}."""
@@ -42,7 +44,7 @@ def comparison_table(rows):
     return "\n".join(lines)
 
 
-def mean_and_spread(values):
+def mean_and_spread(values: Sequence[float | None]) -> str:
     """[0.365, 0.371] -> '36.8 ± 0.4'; a single value has no spread; '-' where a run has none."""
     if None in values:
         return "-"

@@ -7,6 +7,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.flags import add_flags
@@ -17,7 +18,7 @@ from detection.settings import Settings, check_ranges, data_name
 FLAGS = ("test", "images", "metric", "suppression", "device", "precision", "workers")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(flags, [field for field in dataclasses.fields(Settings) if field.name in FLAGS])
     flags.add_argument("--weights", required=True, help="checkpoint of a detector")

@@ -3,8 +3,8 @@
 
 import torch
 
-from detection.assigners.targets import targets_of_matches
-from detection.geometry.anchors import valid_anchors
+from detection.assigners.targets import GroundTruth, Targets, targets_of_matches
+from detection.geometry.anchors import Anchors, valid_anchors
 from detection.geometry.boxes import centres, distances, iou
 
 TOPK = 9  # candidates of an object on each level
@@ -12,14 +12,15 @@ INSIDE = 0.01  # pixels by which the centre of a positive anchor is inside its o
 CHUNK = 512  # objects compared with all anchors at once: a (512, 22400) matrix of distances is 46 MB
 
 
-def assign_by_atss(anchors, truth):
+def assign_by_atss(anchors: Anchors, truth: GroundTruth) -> Targets:
     """The Targets of a batch. anchors: Anchors. truth: GroundTruth, on their device."""
     valid = valid_anchors(anchors, truth.image_sizes)
     matched, thresholds = atss(anchors, truth.boxes, truth.image_of, valid)
     return targets_of_matches(matched, valid, thresholds, truth)
 
 
-def atss(anchors, boxes, image_of, valid):
+def atss(anchors: Anchors, boxes: torch.Tensor, image_of: torch.Tensor,
+         valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Match the anchors of a batch to its objects, all images at once.
 
     anchors: Anchors. boxes: (T, 4) objects in pixels. image_of: (T,) int64 their images. valid: (N, A) bool.
@@ -52,7 +53,8 @@ def atss(anchors, boxes, image_of, valid):
     return matched.masked_fill(matched == len(boxes), -1), thresholds
 
 
-def nearest(anchors, boxes, image_of, valid):
+def nearest(anchors: Anchors, boxes: torch.Tensor, image_of: torch.Tensor,
+            valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The candidates of objects: (G, K) int64 anchors, up to TOPK of each level, and (G, K) bool, which of them lie on
     the object's image: a level may have fewer."""
     apart = torch.cdist(centres(boxes), anchors.centres, compute_mode="donot_use_mm_for_euclid_dist")  # (G, A)

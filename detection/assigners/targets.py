@@ -1,5 +1,6 @@
 """The input and the output of an assigner."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ class GroundTruth:
     boxes: torch.Tensor  # (T, 4) xyxy in pixels
     labels: torch.Tensor  # (T,) int64
     image_of: torch.Tensor  # (T,) int64 the image of each object
-    image_sizes: list  # [(height, width)] of the images before they were padded to the size of the batch
+    image_sizes: list[tuple[int, int]]  # (height, width) of the images before they were padded to the size of the batch
     num_classes: int
 
 
@@ -24,24 +25,26 @@ class Targets:
     boxes: torch.Tensor  # (N, A, 4) box of the matched object in pixels, zeros for background
     matched: torch.Tensor  # (N, A) int64 index of the matched object among the T, -1 for background
     valid: torch.Tensor  # (N, A) bool: whether the anchor lies on its image
-    positives: tuple  # image (P,) and anchor (P,) of the positive anchors, int64
+    positives: tuple[torch.Tensor, ...]  # image (P,) and anchor (P,) of the positive anchors, int64
     gt_boxes: torch.Tensor  # (T, 4) pixels
     image_of: torch.Tensor  # (T,) int64 the image of each object
     thresholds: torch.Tensor  # (T,) the IoU from which an anchor is positive for each object
 
     @property
-    def positive(self):
+    def positive(self) -> torch.Tensor:
         """(N, A) bool: the main region, the anchors that are assigned to an object."""
         return self.matched >= 0
 
 
-def ground_truth(boxes, labels, counts, image_sizes, num_classes):
+def ground_truth(boxes: torch.Tensor, labels: torch.Tensor, counts: Sequence[int], image_sizes: list[tuple[int, int]],
+                 num_classes: int) -> GroundTruth:
     """The GroundTruth of a batch. counts: how many of the T objects each image has; for the rest see GroundTruth."""
     image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(boxes.device, non_blocking=True)
     return GroundTruth(boxes, labels, image_of, image_sizes, num_classes)
 
 
-def targets_of_matches(matched, valid, thresholds, truth):
+def targets_of_matches(matched: torch.Tensor, valid: torch.Tensor, thresholds: torch.Tensor,
+                       truth: GroundTruth) -> Targets:
     """The Targets of anchors matched (N, A) to the objects of `truth`, -1 for background; for the rest see Targets."""
     # One more entry, for the index -1 of the background.
     labels = torch.cat([truth.labels, truth.labels.new_full((1,), truth.num_classes)])

@@ -5,6 +5,7 @@ one ("07+12"). Every box that cannot be learned from or tested against is an err
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import numpy as np
 
 from common.runtime import UserError
 from detection.data.coco_files import read_coco
-from detection.data.records import Annotations
+from detection.data.records import Annotations, Findings, Record
 from detection.data.voc_files import read_image_set
 
 
-def read_annotations(source, images=None, classes=None, findings=None):
+def read_annotations(source: str | Path | Sequence[str | Path], images: str | Path | None = None,
+                     classes: Sequence[str] | None = None, findings: Findings | None = None) -> Annotations:
     """Read the ground truth of `source`: a path, several joined by commas, or a list of paths.
 
     images: the folder of the images. None is, for COCO, the folder `images` beside the file, else the file's own; for
@@ -43,7 +45,7 @@ def read_annotations(source, images=None, classes=None, findings=None):
     return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))))
 
 
-def _join(parts, classes):
+def _join(parts: Sequence[Annotations], classes: Sequence[str]) -> list[Record]:
     """The records of all `parts`, labelled by place in `classes`. Raises UserError for other classes and for an image
     that occurs twice."""
     number_of, source_of, records = {name: number for number, name in enumerate(classes)}, {}, []
@@ -62,7 +64,7 @@ def _join(parts, classes):
     return records
 
 
-def for_training(annotations, min_side=32):
+def for_training(annotations: Annotations, min_side: int = 32) -> Annotations:
     """What of `annotations` is trained on: images with both sides at least `min_side` pixels, those without objects
     among them; of their objects those that are not difficult and at least one pixel wide and high, the published COCO
     recipe. What is left out of an image is background there."""
@@ -77,7 +79,7 @@ def for_training(annotations, min_side=32):
     return replace(annotations, records=records)
 
 
-def fingerprint(annotations):
+def fingerprint(annotations: Annotations) -> str:
     """16 hexadecimal digits that change with the classes, the images' names and sizes, and every object; not with the
     folder that they lie in."""
     digest = hashlib.sha256(json.dumps(annotations.classes).encode())

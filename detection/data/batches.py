@@ -2,6 +2,7 @@
 epoch alone: the batches of a run depend neither on its loading processes nor on where it was interrupted."""
 
 import signal
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.images import unreadable
 from common.runtime import UserError
+from detection.data.records import Annotations, Record
 from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size
 
 
@@ -31,7 +33,7 @@ class Sample(NamedTuple):
     boxes: torch.Tensor
     labels: torch.Tensor
     index: int
-    scale: tuple
+    scale: tuple[float, float]
 
 
 class Batch(NamedTuple):
@@ -39,11 +41,11 @@ class Batch(NamedTuple):
     without padding. indices, scales: as in Sample."""
 
     images: torch.Tensor
-    boxes: list
-    labels: list
-    sizes: list
-    indices: list
-    scales: list
+    boxes: list[torch.Tensor]
+    labels: list[torch.Tensor]
+    sizes: list[tuple[int, int]]
+    indices: list[int]
+    scales: list[tuple[float, float]]
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -52,13 +54,13 @@ class Batch(NamedTuple):
 class DetectionDataset(Dataset):
     """The images of some `annotations.Annotations`, each as a Draw asks for it."""
 
-    def __init__(self, annotations):
+    def __init__(self, annotations: Annotations):
         self.annotations = annotations
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.annotations.records)
 
-    def __getitem__(self, draw):
+    def __getitem__(self, draw: Draw) -> Sample:
         """The Sample of a Draw. Raises UserError for an image that cannot be read or has another size than its
         annotation says."""
         record = self.annotations.records[draw.index]
@@ -69,7 +71,7 @@ class DetectionDataset(Dataset):
         return Sample(image, boxes, torch.tensor(record.labels), draw.index,
                       (size[1] / record.width, size[0] / record.height))
 
-    def __getitems__(self, draws):
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample] | UserError:
         """The Samples of a batch, or the UserError as a value: raised in a loading process, it would reach the user
         wrapped in that process's traceback."""
         try:
@@ -78,7 +80,7 @@ class DetectionDataset(Dataset):
             return error
 
 
-def read_image(record):
+def read_image(record: Record) -> torch.Tensor:
     """The image of an `annotations.Record`, (3, height, width) uint8. Raises UserError as DetectionDataset does."""
     try:
         image = decode_rgb(record.path)
@@ -92,7 +94,7 @@ def read_image(record):
     return image
 
 
-def collate(samples):
+def collate(samples: Sequence[Sample]) -> Batch:
     """[Sample] -> Batch."""
     images, sizes = pad_to_batch([sample.image for sample in samples])
     return Batch(images, [sample.boxes for sample in samples], [sample.labels for sample in samples], sizes,
@@ -114,7 +116,8 @@ class AspectRatioBatchSampler(Sampler):
     a loader draws ahead of the training, which alone knows how many batches it has consumed. It calls `set_position`
     before each epoch."""
 
-    def __init__(self, shapes, batch_size, seed, rank, world_size, shorts, long, flip, repeat=1):
+    def __init__(self, shapes: Sequence[tuple[int, int]], batch_size: int, seed: int, rank: int, world_size: int,
+                 shorts: tuple[int, int], long: int, flip: float, repeat: int = 1):
         heights, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
         self.wide = np.tile(widths >= heights, repeat)  # (N * repeat,)
         self.count = len(heights)
@@ -123,14 +126,14 @@ class AspectRatioBatchSampler(Sampler):
         self.shorts, self.long, self.flip = shorts, long, flip
         self.epoch, self.step = 0, 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Batches of a whole epoch."""
         return sum(-(-int(size) // self.batch_size) for size in (self.wide.sum(), (~self.wide).sum()))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[Draw]]:
         return self._draws(self.epoch, self.step)
 
-    def _draws(self, epoch, step):
+    def _draws(self, epoch: int, step: int) -> Iterator[list[Draw]]:
         generator = np.random.default_rng((self.seed, epoch))
         order = generator.permutation(len(self.wide))
         batches = np.concatenate([self._fill(order[self.wide[order] == wide]) for wide in (True, False)])
@@ -141,17 +144,17 @@ class AspectRatioBatchSampler(Sampler):
             own = (values[self.slice].tolist() for values in (images, short, flipped))
             yield [Draw(image, limit, self.long, mirrored) for image, limit, mirrored in zip(*own, strict=True)]
 
-    def _fill(self, group):
+    def _fill(self, group: np.ndarray) -> np.ndarray:
         """(n,) -> (ceil(n / batch_size), batch_size), what is missing taken from the start again."""
         whole = -(-len(group) // self.batch_size) * self.batch_size
         return np.resize(group, whole).reshape(-1, self.batch_size)
 
-    def set_position(self, epoch, step):
+    def set_position(self, epoch: int, step: int) -> None:
         """Go on with batch `step` of `epoch`, both counted from 0."""
         self.epoch, self.step = epoch, step
 
 
-def test_draws(annotations, short, long):
+def test_draws(annotations: Annotations, short: int, long: int) -> list[Draw]:
     """[Draw] of every image in order, none mirrored."""
     return [Draw(index, short, long, False) for index in range(len(annotations.records))]
 
@@ -159,18 +162,19 @@ def test_draws(annotations, short, long):
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def loader(dataset, batch_sampler, workers, device):
+def loader(dataset: DetectionDataset, batch_sampler: Iterable[list[Draw]], workers: int,
+           device: torch.device | str) -> DataLoader:
     """A DataLoader of Batches. batch_sampler: an iterable of lists of Draw. workers: processes that load, 0 for this
     one. device: where the batches will go. Iterating raises UserError for an image that cannot be read."""
     return _Loader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=_collate_or_error,
                    worker_init_fn=_begin_worker, pin_memory=torch.device(device).type == "cuda")
 
 
-def _collate_or_error(samples):
+def _collate_or_error(samples: Sequence[Sample] | UserError) -> Batch | UserError:
     return samples if isinstance(samples, UserError) else collate(samples)
 
 
-def _begin_worker(_):
+def _begin_worker(_: int) -> None:
     """Leave signals to the main process, which finishes its step with the batches of this one, and then ends it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -179,7 +183,7 @@ def _begin_worker(_):
 class _Loader(DataLoader):
     """Raises here the error that a loading process has returned."""
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Batch]:
         try:
             for batch in super().__iter__():
                 if isinstance(batch, UserError):

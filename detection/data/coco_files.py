@@ -1,17 +1,19 @@
 """Reading COCO's JSON files."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 from common.coco import LARGEST, corners_of, is_crowd, is_number, read_coco_file
 from common.images import existing_folders
 from common.runtime import UserError
-from detection.data.records import Annotations, clip, noting, record_of
+from detection.data.records import Annotations, Findings, clip, noting, record_of
 
 # The two boxes of no area in the published instances_train2017.json: their image ids and near corners.
 COCO_EMPTY = {200365: [296.65, 388.33], 550395: [9.98, 188.56]}
 
 
-def read_coco(path, images, findings):
+def read_coco(path: Path, images: str | Path | None, findings: Findings | None) -> Annotations:
     """The Annotations of one COCO file; its classes are in ascending category id. Else as
     annotations.read_annotations."""
     content = read_coco_file(path)
@@ -38,7 +40,7 @@ def read_coco(path, images, findings):
     return Annotations(list(content.categories.values()), records, path)
 
 
-def _coco_image(entry, where):
+def _coco_image(entry: dict[str, Any], where: str) -> tuple[int | str, tuple[int, int]]:
     """(id, (width, height)) of an entry of `images`."""
     if type(entry.get("id")) not in (int, str):
         raise UserError(f"{where}: id is missing; expected a whole number or a text")
@@ -49,7 +51,7 @@ def _coco_image(entry, where):
     return entry["id"], size
 
 
-def _existing_image(folder, name, where):
+def _existing_image(folder: Path, name: Any, where: str) -> Path:
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: no file_name; expected the name of the image's file in {folder}")
     if not os.path.isfile(folder / name):
@@ -58,7 +60,8 @@ def _existing_image(folder, name, where):
     return folder / name
 
 
-def _coco_object(entry, sizes, label_of, where, findings):
+def _coco_object(entry: dict[str, Any], sizes: dict[int | str, tuple[int, int]], label_of: dict[int, int], where: str,
+                 findings: Findings | None) -> tuple[list[float], int, bool, float | None] | None:
     """(box, label, crowd, area) of an entry of `annotations`; None for the two that are known to be empty."""
     image_id, category, bbox = entry.get("image_id"), entry.get("category_id"), entry.get("bbox")
     if type(image_id) not in (int, str) or image_id not in sizes:

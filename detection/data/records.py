@@ -1,9 +1,10 @@
 """Ground truth in memory, from whatever file it was read: the boxes of an image, and those of many images."""
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,8 @@ class Annotations:
     """The ground truth of many images. classes: names in id order. source: where it was read, several joined by
     commas."""
 
-    classes: list
-    records: list
+    classes: list[str]
+    records: list[Record]
     source: Path
 
 
@@ -43,12 +44,12 @@ class Findings(NamedTuple):
     """The findings of a reader that goes on after an error, in sentences. errors: each an object or image that was left
     out. clipped: boxes that reach outside their image."""
 
-    errors: list
-    clipped: list
+    errors: list[str]
+    clipped: list[str]
 
 
 @contextlib.contextmanager
-def noting(findings):
+def noting(findings: Findings | None) -> Iterator[None]:
     """Where there are findings, a UserError inside becomes one of them."""
     try:
         yield
@@ -58,7 +59,7 @@ def noting(findings):
         findings.errors.append(str(error))
 
 
-def record_of(path, size, objects, image_id):
+def record_of(path: Path, size: tuple[int, int], objects: Sequence[tuple[Any, ...]], image_id: int | str) -> Record:
     """A Record of an image of `size` (width, height). objects: [(box, label, difficult, area or None)]."""
     boxes = np.array([box for box, *_ in objects], dtype=np.float32).reshape(-1, 4)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) if area is None else area for box, _, _, area in objects]
@@ -67,7 +68,7 @@ def record_of(path, size, objects, image_id):
                   np.array(areas, dtype=np.float64))
 
 
-def clip(box, size, where, shown, findings):
+def clip(box: Sequence[float], size: tuple[int, int], where: str, shown: Any, findings: Findings | None) -> list[float]:
     """The part of a box that lies in an image of `size` (width, height), rounded to float32. shown: the box as its file
     has it, for messages."""
     left, top, right, bottom = box = np.array(box, dtype=np.float32).tolist()

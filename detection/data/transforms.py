@@ -1,6 +1,9 @@
 """From an image file to the network's input: decoding, the resize, the flip, padding, normalisation."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision import tv_tensors
@@ -12,21 +15,21 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of
 PAD_MULTIPLE = 32  # sides of a batch are multiples of it, so that the strides to 32 divide them
 
 
-def decode_rgb(path):
+def decode_rgb(path: str | Path) -> tv_tensors.Image:
     """Read an image file as a (3, H, W) uint8 tv_tensors.Image, as `image_cache.decode` does; transparency is dropped.
 
     An EXIF orientation is NOT applied: annotations count the pixels as they are stored."""
     return tvF.to_image(decode(path).convert("RGB"))
 
 
-def target_size(height, width, short, long):
+def target_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
     """(height, width) of an image resized with its ratio kept to the largest size whose short side is at most `short`
     and whose long side is at most `long`; rounded half up, as in the published recipes, and at least 1. In pixels."""
     scale = min(long / max(height, width), short / min(height, width))
     return tuple(max(int(side * scale + 0.5), 1) for side in (height, width))
 
 
-def resize(image, boxes, size):
+def resize(image: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Resize bilinearly without antialiasing, as the published recipes do, also when it shrinks.
 
     image: (3, H, W) uint8. boxes: (G, 4) float32, x1 y1 x2 y2 in its pixels. size: (h, w). Returns (3, h, w) uint8, and
@@ -36,13 +39,13 @@ def resize(image, boxes, size):
     return tvF.resize(image, list(size), antialias=False), boxes.as_subclass(torch.Tensor)
 
 
-def flip(image, boxes):
+def flip(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mirror left to right: x becomes W - x. image: (3, H, W). boxes: (G, 4), x1 y1 x2 y2 in pixels."""
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
     return tvF.horizontal_flip(image), tvF.horizontal_flip(boxes).as_subclass(torch.Tensor)
 
 
-def pad_to_batch(images):
+def pad_to_batch(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Images of different sizes as one batch, padded at the right and at the bottom.
 
     images: [(3, h, w) uint8]. Returns ((N, 3, H, W) uint8, [(h, w)]); H and W are the smallest multiples of 32 that
@@ -55,7 +58,7 @@ def pad_to_batch(images):
     return batch, sizes
 
 
-def normalise(images, image_sizes):
+def normalise(images: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """(N, 3, H, W) uint8 -> float32 on the images' device: (value - mean) / std of each channel, and 0 in the padding.
 
     image_sizes: [(h, w)] of the images without their padding."""
@@ -68,7 +71,7 @@ def normalise(images, image_sizes):
     return batch
 
 
-def resize_for_test(image, preprocessing):
+def resize_for_test(image: torch.Tensor, preprocessing: dict[str, Any]) -> tuple[torch.Tensor, tuple[float, float]]:
     """An image as a detector sees it, (3, h, w) uint8, and its size relative to the original, (x, y).
 
     image: (3, H, W) uint8. preprocessing: of the detector's description."""

@@ -8,10 +8,10 @@ from common.coco import is_name, is_number
 from common.files import list_lines
 from common.images import IMAGE_SUFFIXES, existing_folders
 from common.runtime import UserError
-from detection.data.records import Annotations, clip, noting, record_of
+from detection.data.records import Annotations, Findings, Record, clip, noting, record_of
 
 
-def read_image_set(path, images, findings):
+def read_image_set(path: Path, images: str | Path | None, findings: Findings | None) -> Annotations:
     """The Annotations of one list of image ids; its classes are in the order in which they occur. Else as
     annotations.read_annotations."""
     lines = list_lines(path)
@@ -34,7 +34,7 @@ def read_image_set(path, images, findings):
     return Annotations(list(label_of), records, path)
 
 
-def _voc_record(xml, folder, image_id, label_of, findings):
+def _voc_record(xml: Path, folder: Path, image_id: str, label_of: dict[str, int], findings: Findings | None) -> Record:
     """One XML file as a Record. Names not yet in `label_of`, {name: label}, are added to it."""
     root = parse_xml(xml)
     size = tuple(_voc_number(root, f"size/{side}", xml) for side in ("width", "height"))
@@ -52,7 +52,8 @@ def _voc_record(xml, folder, image_id, label_of, findings):
     return record_of(image, size, objects, image_id)
 
 
-def _voc_object(element, size, where, label_of, findings):
+def _voc_object(element: ElementTree.Element, size: tuple[int, int], where: str, label_of: dict[str, int],
+                findings: Findings | None) -> tuple[list[float], int, bool, None]:
     """(box, label, difficult, None) of an <object>."""
     name = (element.findtext("name") or "").strip()
     if not is_name(name):
@@ -65,7 +66,7 @@ def _voc_object(element, size, where, label_of, findings):
     return box, label_of.setdefault(name, len(label_of)), difficult == "1", None
 
 
-def _voc_number(element, place, where):
+def _voc_number(element: ElementTree.Element, place: str, where: str | Path) -> float:
     """The number in the element at `place` (a/b), as float."""
     text = (element.findtext(place) or "").strip()
     try:
@@ -80,11 +81,11 @@ def _voc_number(element, place, where):
 class _NoDoctype(ElementTree.TreeBuilder):
     """Ends at a document type, before the entities that it may define are expanded a billionfold."""
 
-    def doctype(self, *_):
+    def doctype(self, *_: object) -> None:
         raise UserError("holds a document type (DOCTYPE); expected plain XML without one")
 
 
-def parse_xml(path):
+def parse_xml(path: str | Path) -> ElementTree.Element:
     """The root element of an XML file. Raises UserError naming the file, and the line where the parser gives one."""
     try:
         return ElementTree.fromstring(Path(path).read_bytes(), ElementTree.XMLParser(target=_NoDoctype()))

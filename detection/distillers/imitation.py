@@ -1,15 +1,20 @@
 """Imitation of the teacher's features, at the locations that a method selects."""
 
+from collections.abc import Sequence
+
 import torch
 
+from detection.assigners.targets import Targets
 from detection.distillers.divergence import shares_of_level_means
 from detection.distillers.regions import finegrained, general_instances, inside_boxes
+from detection.geometry.anchors import Anchors
+from detection.network.gfl_head import Outputs
 
 IMITATIONS = ("fitnet", "fitnet_full", "decouple", "finegrained", "gibox")
 BACKGROUND_WEIGHT = 2.0  # of `decouple`
 
 
-def imitation_loss(method, student, teacher, targets, anchors):
+def imitation_loss(method: str, student: Outputs, teacher: Outputs, targets: Targets, anchors: Anchors) -> torch.Tensor:
     """The sum over the levels of the MSE of student's and teacher's features, a scalar: on each level the mean over the
     channels of the locations that `method` selects in the whole batch. A level without a positive anchor counts 0.
 
@@ -31,7 +36,8 @@ def imitation_loss(method, student, teacher, targets, anchors):
     return feature_error(student.features, teacher.features, shares)
 
 
-def imitation_region(method, student, teacher, targets, anchors):
+def imitation_region(method: str, student: Outputs, teacher: Outputs, targets: Targets,
+                     anchors: Anchors) -> torch.Tensor:
     """(N, A) bool: the locations that `method` selects; for `decouple` those inside an object. Raises ValueError for a
     method that is none of IMITATIONS."""
     if method in ("fitnet", "decouple"):
@@ -47,7 +53,8 @@ def imitation_region(method, student, teacher, targets, anchors):
     raise ValueError(f"method {method!r}: expected one of {', '.join(IMITATIONS)}")
 
 
-def feature_error(student, teacher, shares):
+def feature_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor],
+                  shares: torch.Tensor) -> torch.Tensor:
     """sum_a share_a times the mean squared difference of the channels at location a, a scalar.
 
     student, teacher: [(N, channels, H_l, W_l)]. shares: (N, A). Only the locations with a share are compared, which are

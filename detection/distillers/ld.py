@@ -5,18 +5,24 @@ The losses are functions of the outputs of both networks, which saw the same ima
 reaches the teacher. Where there is nothing to distil a loss is 0, and so is its gradient. N images, A anchors of all
 levels."""
 
+from typing import Any
+
 import torch
 
+from detection.assigners.targets import Targets
 from detection.distillers.divergence import divergence, shares_of_level_means
 from detection.distillers.regions import valuable_region
+from detection.geometry.anchors import Anchors
 from detection.losses.gfl import confidence
 from detection.losses.reduction import mean_over_processes
+from detection.network.gfl_head import Outputs
 
 LD_NORMS = ("none", "avg_factor")
 VLR_NORM = 16  # what the released code divides the valuable region's sum by, where the main region's is divided by 4
 
 
-def ld_losses(student, teacher, targets, anchors, settings):
+def ld_losses(student: Outputs, teacher: Outputs, targets: Targets, anchors: Anchors,
+              settings: Any) -> dict[str, torch.Tensor]:
     """The unweighted losses of LD on a batch, {name: scalar}. KL is divergence.mean_kl, e an edge of the box, sums run
     over the whole batch.
 

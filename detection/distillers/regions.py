@@ -1,6 +1,8 @@
 """Where to distil: at which anchors of a batch a student is to imitate its teacher. N images, A anchors of all levels,
 T objects of all images together; boxes are xyxy in pixels."""
 
+from collections.abc import Iterable
+
 import torch
 
 from detection.geometry.boxes import centre_distance, iof, iou, pairs
@@ -11,7 +13,8 @@ GENERAL_INSTANCES = 10  # on each level of each image
 GENERAL_INSTANCE_OVERLAP = 0.3  # IoU above which a better instance suppresses another
 
 
-def valuable_region(anchor_boxes, boxes, image_of, thresholds, valid, gamma=0.25, metric="diou"):
+def valuable_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor, thresholds: torch.Tensor,
+                    valid: torch.Tensor, gamma: float = 0.25, metric: str = "diou") -> torch.Tensor:
     """The valuable localization region (VLR) of each image, as the weights v_a of its anchors, (N, A) in 0..1 and 0
     outside (Zheng et al., Localization Distillation, CVPR 2022, algorithm 1).
 
@@ -35,12 +38,12 @@ def valuable_region(anchor_boxes, boxes, image_of, thresholds, valid, gamma=0.25
     return weights * valid
 
 
-def in_chunks(*tensors):
+def in_chunks(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     """The same few rows of each tensor, (T, ...) -> (G, ...), one after the other; nothing for none."""
     return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True) if len(tensors[0]) else ()
 
 
-def largest_by_image(found, values, image_of):
+def largest_by_image(found: torch.Tensor, values: torch.Tensor, image_of: torch.Tensor) -> None:
     """Raise `found` (N, A), in place, to the largest of the `values` (G, A) of the objects of each image (G,)."""
     found.scatter_reduce_(0, image_of[:, None].expand_as(values), values, "amax")
 
@@ -48,7 +51,8 @@ def largest_by_image(found, values, image_of):
 # ---- regions of feature imitation ------------------------------------------------------------------------------------
 
 
-def inside_boxes(centres, boxes, image_of, valid):
+def inside_boxes(centres: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor,
+                 valid: torch.Tensor) -> torch.Tensor:
     """(N, A) bool: the valid anchors whose centre (A, 2) lies strictly inside any of the boxes (T, 4) of its image.
     image_of: (T,). valid: (N, A) bool."""
     inside = centres.new_zeros(valid.shape)
@@ -59,7 +63,8 @@ def inside_boxes(centres, boxes, image_of, valid):
     return (inside > 0) & valid
 
 
-def finegrained(anchor_boxes, boxes, image_of, valid):
+def finegrained(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor,
+                valid: torch.Tensor) -> torch.Tensor:
     """(N, A) bool: the valid anchors whose IoU with some object of their image exceeds half of the largest IoU that any
     valid anchor, of whatever level, has with it (Wang et al., Distilling Object Detectors with Fine-grained Feature
     Imitation, CVPR 2019). anchor_boxes: (A, 4). boxes: (T, 4). image_of: (T,). valid: (N, A) bool."""
@@ -72,7 +77,8 @@ def finegrained(anchor_boxes, boxes, image_of, valid):
 
 
 @torch.no_grad()
-def general_instances(student_scores, student_boxes, teacher_scores, teacher_boxes, valid, counts):
+def general_instances(student_scores: torch.Tensor, student_boxes: torch.Tensor, teacher_scores: torch.Tensor,
+                      teacher_boxes: torch.Tensor, valid: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """(N, A) bool: the general instances (GI) of each image, where student and teacher disagree most (Dai et al.,
     General Instance Distillation for Object Detection, CVPR 2021).
 
@@ -90,7 +96,7 @@ def general_instances(student_scores, student_boxes, teacher_scores, teacher_box
     return torch.cat([first_after_nms(*level, GENERAL_INSTANCES, GENERAL_INSTANCE_OVERLAP) for level in levels], dim=1)
 
 
-def first_after_nms(boxes, scores, count, limit):
+def first_after_nms(boxes: torch.Tensor, scores: torch.Tensor, count: int, limit: float) -> torch.Tensor:
     """(N, P) bool: the first `count` boxes that greedy non-maximum suppression of each row keeps.
 
     boxes: (N, P, 4). scores: (N, P), negative for boxes that do not take part. limit: a box is suppressed by one of a

@@ -1,5 +1,9 @@
 """The frozen teacher of a detector."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from common.runtime import UserError, say
@@ -9,7 +13,8 @@ from detection.checkpoint import load_detector
 GRID = ("strides", "anchor_scale", "anchor_offset")  # entries of a model's description that place its anchors
 
 
-def load_teacher(path, student, device, precision, shared=GRID):
+def load_teacher(path: str | Path, student: dict[str, Any], device: torch.device, precision: str,
+                 shared: Sequence[str] = GRID) -> torch.nn.Module:
     """The detector of a checkpoint as a teacher: frozen, in eval mode, its batch norms part of its convolutions.
 
     student: the description of the student. shared: entries of the models' descriptions that must be equal. Raises
@@ -27,7 +32,7 @@ def load_teacher(path, student, device, precision, shared=GRID):
     return teacher
 
 
-def check_pair(student, teacher, shared=GRID):
+def check_pair(student: dict[str, Any], teacher: dict[str, Any], shared: Sequence[str] = GRID) -> None:
     """Raise UserError, naming the first difference, unless a student can learn from a teacher.
 
     student, teacher: descriptions {"classes": [names], "model": {"strides": [..], "anchor_scale": .., ...}}, as in

@@ -1,6 +1,7 @@
 """One square anchor at every location of the feature pyramid, and which of them lie on an image."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,21 +15,21 @@ ANCHOR_SCALE = 8  # side of an anchor, in strides
 class Anchors:
     """The anchors of all levels, P3 first, each level row by row. A = sum of H_l * W_l."""
 
-    sizes: tuple  # ((H_l, W_l), ...) locations of each level
+    sizes: tuple[tuple[int, int], ...]  # ((H_l, W_l), ...) locations of each level
     boxes: torch.Tensor  # (A, 4) xyxy, pixels
     centres: torch.Tensor  # (A, 2) x and y, pixels
     strides: torch.Tensor  # (A,) pixels
     levels: torch.Tensor  # (A,) int64, 0 for P3
 
     @property
-    def counts(self):
+    def counts(self) -> list[int]:
         """[H_l * W_l] of each level."""
         return [height * width for height, width in self.sizes]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what a test between two epochs makes first must serve training too
-def make_anchors(sizes, device=None):
+def make_anchors(sizes: tuple[tuple[int, int], ...], device: torch.device | None = None) -> Anchors:
     """The Anchors of levels of `sizes` ((H_l, W_l), ...) locations: at row i and column j of a level with stride s a
     square of side ANCHOR_SCALE * s around (j * s, i * s). There is no offset of half a stride (ATSS, CVPR 2020, as GFL
     uses it). Images of the same size get the same Anchors."""
@@ -43,12 +44,12 @@ def make_anchors(sizes, device=None):
     return Anchors(sizes, torch.cat([centres - half, centres + half], dim=1), centres, sides, torch.cat(levels))
 
 
-def pyramid_sizes(height, width):
+def pyramid_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
     """((H_l, W_l), ...) locations of P3 to P7 of an image whose sides, in pixels, are multiples of 32."""
     return tuple((math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES)
 
 
-def valid_anchors(anchors, image_sizes):
+def valid_anchors(anchors: Anchors, image_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Which anchors lie on each image of a batch, (N, A) bool.
 
     image_sizes: [(height, width)] of the images before they were padded to the size of the batch. An anchor is valid

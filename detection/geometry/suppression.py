@@ -10,6 +10,8 @@ touch each other. limit: the most to return. Returns (K, 4), (K,) and (K,), K <=
 Classes are told apart by their labels. To shift the boxes of each class to a place of its own, as is often done, lets
 classes overlap once an image is larger than the shift, and costs precision before that."""
 
+from collections.abc import Callable
+
 import torch
 from torchvision import ops
 
@@ -23,7 +25,8 @@ VOTING_THRESHOLD = 0.7
 VOTING_WIDTH = 0.025
 
 
-def nms(boxes, scores, labels, threshold=0.6, limit=100):
+def nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float = 0.6,
+        limit: int = 100) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Greedy NMS by IoU. Arguments and results: see the module."""
     if boxes.device.type != "cpu":
         return cluster_nms(boxes, scores, labels, threshold, limit)  # the same boxes, without a loop over the classes
@@ -38,7 +41,8 @@ def nms(boxes, scores, labels, threshold=0.6, limit=100):
     return boxes[kept], scores[kept], labels[kept]
 
 
-def cluster_nms(boxes, scores, labels, threshold=0.6, limit=100):
+def cluster_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float = 0.6,
+                limit: int = 100) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cluster-NMS by IoU (Zheng et al., Enhancing Geometric Factors, IEEE Trans. Cybernetics 2022): the boxes of `nms`,
     found with matrices instead of box after box. Arguments and results: see the module."""
     boxes, scores, labels = _by_score(boxes, scores, labels)
@@ -46,7 +50,9 @@ def cluster_nms(boxes, scores, labels, threshold=0.6, limit=100):
     return boxes[kept], scores[kept], labels[kept]
 
 
-def score_voting_cluster_diou_nms(boxes, scores, labels, threshold=0.6, limit=100):
+def score_voting_cluster_diou_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor,
+                                  threshold: float = 0.6,
+                                  limit: int = 100) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cluster-NMS by S = IoU - (rho^2 / c^2)^0.8, then score voting, as Localization Distillation is tested (Zheng et
     al., CVPR 2022; the voting is that of Kim and Lee, PAA, ECCV 2020). Arguments and results: see the module.
 
@@ -64,26 +70,29 @@ def score_voting_cluster_diou_nms(boxes, scores, labels, threshold=0.6, limit=10
 SUPPRESSIONS = {"nms": nms, "cluster": cluster_nms, "cluster-diou-voting": score_voting_cluster_diou_nms}
 
 
-def distance_penalised_iou(a, b):
+def distance_penalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """IoU - (rho^2 / c^2)^0.8, rho the distance of the centres, c the diagonal of the smallest box around both.
 
     a, b: (..., 4), broadcast against each other -> (...) in -1..1."""
     return iou(a, b) - centre_distance(a, b) ** 0.8
 
 
-def _by_score(boxes, scores, labels):
+def _by_score(boxes: torch.Tensor, scores: torch.Tensor,
+              labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three in fp32 and descending order of the scores; equal scores stay in the order they came in."""
     scores, order = scores.float().sort(stable=True, descending=True)
     return boxes[order].float(), scores, labels[order]
 
 
-def _similarity(measure, boxes, labels, rows, columns):
+def _similarity(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor,
+                labels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """(R, C) similarities of the boxes numbered `rows` (R,) and `columns` (C,), 0 between different classes."""
     same = labels[rows, None] == labels[columns]
     return measure(*pairs(boxes[rows], boxes[columns])) * same
 
 
-def _cluster(measure, boxes, labels, threshold, limit):
+def _cluster(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor,
+             threshold: float, limit: int) -> torch.Tensor:
     """The numbers (K,) of the first `limit` boxes that greedy NMS keeps; boxes are in descending order of the scores.
 
     Block after block: what the boxes kept so far suppress goes first, the rest of the block decides among itself. A
@@ -99,7 +108,7 @@ def _cluster(measure, boxes, labels, threshold, limit):
     return kept[:limit]
 
 
-def _fixed_point(above):
+def _fixed_point(above: torch.Tensor) -> torch.Tensor:
     """The iteration of Cluster-NMS: a box is kept if no kept box before it is too similar.
 
     above: (B, B) bool, [i, j] whether i, which comes before j, suppresses j if it is kept itself. Returns (B,) bool.
@@ -112,7 +121,8 @@ def _fixed_point(above):
             return keep.bool()
 
 
-def _vote(measure, boxes, scores, labels, kept):
+def _vote(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor, scores: torch.Tensor,
+          labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The boxes (K, 4) numbered `kept` (K,), moved by those similar; boxes are in descending order of the scores."""
     columns = torch.arange(len(boxes), device=boxes.device)
     voted = []

@@ -1,15 +1,21 @@
 """Generalized Focal Loss (GFL: Li et al., NeurIPS 2020). A term of the paper is a function of its name."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 
+from detection.assigners.targets import Targets
+from detection.geometry.anchors import Anchors
 from detection.geometry.boxes import boxes_at, ciou, distances, expected_distances, giou, iou
 from detection.losses.reduction import mean_over_processes
+from detection.network.gfl_head import Outputs
 
 BETA = 2.0  # exponent of the quality focal loss
 BOX_LOSSES = {"giou": giou, "ciou": ciou}
 
 
-def quality_focal_loss(logits, labels, quality):
+def quality_focal_loss(logits: torch.Tensor, labels: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     """QFL (GFL, eq. 1): |q - sigmoid(z)|^2 * BCE(z, q), summed over the classes.
 
     logits: (M, C). labels: (M,) int64 in 0..C, C for background. quality: (M,) the target q in 0..1 at the label's
@@ -17,18 +23,20 @@ def quality_focal_loss(logits, labels, quality):
     return _quality_focal(logits.sigmoid(), F.binary_cross_entropy_with_logits, logits, labels, quality)
 
 
-def quality_focal_loss_of_probabilities(probabilities, labels, quality):
+def quality_focal_loss_of_probabilities(probabilities: torch.Tensor, labels: torch.Tensor,
+                                        quality: torch.Tensor) -> torch.Tensor:
     """QFL of scores (M, C) in 0..1, as GFocal V2 has them (Li et al., CVPR 2021). Else as quality_focal_loss."""
     return _quality_focal(probabilities, F.binary_cross_entropy, probabilities, labels, quality)
 
 
-def _quality_focal(probabilities, cross_entropy, values, labels, quality):
+def _quality_focal(probabilities: torch.Tensor, cross_entropy: Callable[..., torch.Tensor], values: torch.Tensor,
+                   labels: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     target = values.new_zeros(len(values), values.shape[1] + 1)
     target = target.scatter_(1, labels[:, None], quality[:, None].to(target.dtype))[:, :-1]  # (M, C)
     return ((target - probabilities).abs() ** BETA * cross_entropy(values, target, reduction="none")).sum(dim=1)
 
 
-def distribution_focal_loss(edges, targets):
+def distribution_focal_loss(edges: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """DFL (GFL, eq. 6): cross-entropy towards the two bins around each target, weighted by how near they are.
 
     edges: (M, R + 1) logits. targets: (M,) in 0 <= y < R, in units of the stride. Returns (M,)."""
@@ -38,7 +46,7 @@ def distribution_focal_loss(edges, targets):
     return -(below + 1 - targets) * left - (targets - below) * right
 
 
-def gfl_losses(outputs, targets, anchors, box_loss="giou"):
+def gfl_losses(outputs: Outputs, targets: Targets, anchors: Anchors, box_loss: str = "giou") -> dict[str, torch.Tensor]:
     """The unweighted losses of a GFL detector on a batch, {name: scalar}: `qfl` of the classes, `box` and `dfl`.
 
     outputs: Outputs. targets: Targets. anchors: Anchors. box_loss: giou, or ciou (the published
@@ -73,7 +81,7 @@ def gfl_losses(outputs, targets, anchors, box_loss="giou"):
     }
 
 
-def confidence(scores):
+def confidence(scores: torch.Tensor) -> torch.Tensor:
     """w_a: an anchor's highest class score, (..., C) -> (...), a weight without gradient."""
     return scores.detach().amax(dim=-1)
 

@@ -1,6 +1,10 @@
 """LD: a GFL detector that also learns from a frozen teacher (Localization Distillation, Zheng et al., CVPR 2022)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from common.flags import setting
 from detection.distillers.imitation import IMITATIONS, imitation_loss
@@ -8,18 +12,18 @@ from detection.distillers.ld import LD_NORMS, ld_losses
 from detection.distillers.regions import VLR_METRICS
 from detection.distillers.teacher import GRID, load_teacher
 from detection.methods import gfl
-from detection.methods.method import Method
+from detection.methods.method import Method, Step
 from detection.settings import Settings
 
 COCO_CLASSES, COCO_KD_WEIGHT = 80, 10.0  # the published weight of KD, and the classes that it was tuned for
 
 
-def auto_or_number(text):
+def auto_or_number(text: str) -> float | str:
     """"auto" -> "auto"; "1.25" -> 1.25. The type of --lambda-kd-main."""
     return text if text == "auto" else float(text)
 
 
-def kd_weight(settings, num_classes):
+def kd_weight(settings: "LDSettings", num_classes: int) -> float:
     """The weight of `kd_main`: as set, or for `auto` as strong as the published one on COCO."""
     if settings.lambda_kd_main == "auto":
         return COCO_KD_WEIGHT * num_classes / COCO_CLASSES
@@ -48,7 +52,7 @@ class LDSettings(Settings):
                              choices=("none", *IMITATIONS))
     lambda_imitation: float = setting(2.0, "weight of the imitation")
 
-    def ranges(self):
+    def ranges(self) -> tuple[tuple[str, float, float], ...]:
         weights = ["lambda_ld_main", "lambda_ld_vlr", "lambda_kd_vlr", "lambda_imitation"]
         if self.lambda_kd_main != "auto":
             weights.append("lambda_kd_main")
@@ -56,13 +60,13 @@ class LDSettings(Settings):
                 ("ld_temperature", 1e-3, 1e6), ("kd_temperature", 1e-3, 1e6), ("gamma", 0, 1))
 
 
-def teacher(settings, description, device, precision):
+def teacher(settings: LDSettings, description: dict[str, Any], device: torch.device, precision: str) -> torch.nn.Module:
     """The frozen teacher, whose distributions the student can imitate, and its features if that is asked for."""
     shared = (*GRID, "reg_max") if settings.imitation == "none" else (*GRID, "reg_max", "channels")
     return load_teacher(settings.teacher, description, device, precision, shared)
 
 
-def losses(step, settings):
+def losses(step: Step, settings: LDSettings) -> dict[str, torch.Tensor]:
     """The terms of GFL, those of LD, and the imitation of features if it is asked for."""
     terms = gfl.losses(step, settings) | ld_losses(step.outputs, step.teacher, step.targets, step.anchors, settings)
     if settings.imitation != "none":
@@ -70,14 +74,14 @@ def losses(step, settings):
     return terms
 
 
-def weights(settings, num_classes):
+def weights(settings: LDSettings, num_classes: int) -> dict[str, float]:
     """{name: weight} of every term."""
     return {**gfl.WEIGHTS, "ld_main": settings.lambda_ld_main, "ld_vlr": settings.lambda_ld_vlr,
             "kd_main": kd_weight(settings, num_classes), "kd_vlr": settings.lambda_kd_vlr,
             "imitation": settings.lambda_imitation}
 
 
-def notes(settings, num_classes, images_per_process):
+def notes(settings: LDSettings, num_classes: int, images_per_process: int) -> Iterator[str]:
     """What of the settings is tuned for other data than these."""
     if images_per_process > 3 and settings.ld_norm == "none":
         yield (f"LD's terms are sums over the {images_per_process} images of a process, and their weights are tuned "

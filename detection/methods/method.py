@@ -8,6 +8,7 @@ import torch
 
 from detection.assigners.targets import GroundTruth
 from detection.geometry.anchors import Anchors
+from detection.network.detector import Architecture
 
 
 @dataclass
@@ -26,17 +27,17 @@ class Step:
     targets: Any = None
 
 
-def student_alone(student, companions, images, teacher):
+def student_alone(student: torch.nn.Module, companions: torch.nn.ModuleDict, images: torch.Tensor, teacher: Any) -> Any:
     """The forward pass of a method that trains one network."""
     return student(images)
 
 
-def no_companions(num_classes, settings):
+def no_companions(num_classes: int, settings: Any) -> dict[str, torch.nn.Module]:
     """Nothing is trained beside the student."""
     return {}
 
 
-def no_notes(settings, num_classes, images_per_process):
+def no_notes(settings: Any, num_classes: int, images_per_process: int) -> Iterable[str]:
     """Nothing to tell."""
     return ()
 
@@ -60,7 +61,7 @@ class Method:
     notes(settings, num_classes, images_per_process): sentences about settings that do not do what they seem to."""
 
     name: str
-    architecture: Callable[[Any], Any]
+    architecture: Callable[[Any], Architecture]
     assign: Callable[[Step], Any]
     losses: Callable[[Step, Any], dict[str, torch.Tensor]]
     weights: Callable[[Any, int], dict[str, float]]

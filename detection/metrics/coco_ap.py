@@ -2,16 +2,20 @@
 
 import contextlib
 import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detection.data.records import Annotations, Record
+
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
          "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 
 
-def coco_ap(detections, annotations):
+def coco_ap(detections: Sequence[Mapping[str, Any]], annotations: Annotations) -> dict[str, Any]:
     """COCO's twelve figures for boxes (Lin et al., Microsoft COCO, ECCV 2014), with at most 100 detections of a class
     in an image.
 
@@ -43,12 +47,12 @@ def coco_ap(detections, annotations):
             "per_class": per_class, "curves": curves}
 
 
-def _mean(precision):
+def _mean(precision: np.ndarray) -> float | None:
     """The mean precision, None where pycocotools says that there was no object (-1)."""
     return None if precision.min() < 0 else float(precision.mean())
 
 
-def _evaluate(objects, found, annotations):
+def _evaluate(objects: list[dict[str, Any]], found: list[dict[str, Any]], annotations: Annotations) -> COCOeval:
     """pycocotools' evaluation of `found`, with its messages left out; images and classes are numbered from 1."""
     shared = {"images": [{"id": number} for number, _ in enumerate(annotations.records, 1)],
               "categories": [{"id": number, "name": name} for number, name in enumerate(annotations.classes, 1)]}
@@ -67,7 +71,7 @@ def _evaluate(objects, found, annotations):
     return evaluation
 
 
-def _objects(records):
+def _objects(records: Sequence[Record]) -> list[dict[str, Any]]:
     """The records' objects as COCO's annotations."""
     rows = []
     for image, record in enumerate(records, 1):
@@ -78,7 +82,7 @@ def _objects(records):
     return rows
 
 
-def _found(detections):
+def _found(detections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The detections as COCO's results; their area is the box's."""
     rows = []
     for image, found in enumerate(detections, 1):
@@ -89,7 +93,7 @@ def _found(detections):
     return rows
 
 
-def _xywh(boxes):
+def _xywh(boxes: Any) -> list[list[float]]:
     """(M, 4) boxes xyxy as a list of [x, y, width, height]."""
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()

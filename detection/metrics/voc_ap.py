@@ -1,7 +1,12 @@
 """Pascal VOC average precision (Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010), also at IoU
 thresholds above .5. COCO's own, which matches otherwise, is in coco_ap.py."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
+
+from detection.data.records import Annotations, Record
 
 # As hundredths: steps of .05, added up, miss .6 and .7, and with them an IoU of 3 / 5.
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
@@ -10,7 +15,8 @@ RULES = ("11-point", "area")
 RECALL_LEVELS = np.arange(0, 1.001, 0.1)
 
 
-def match(detections, records, thresholds):
+def match(detections: Sequence[Mapping[str, Any]], records: Sequence[Record],
+          thresholds: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which detections are true and which are false, the highest-scoring of all images first.
 
     Each takes the object of its class with the largest IoU in its image, difficult ones included. With an IoU of at
@@ -40,7 +46,7 @@ def match(detections, records, thresholds):
     return labels, true, false
 
 
-def _best_objects(found, record):
+def _best_objects(found: Mapping[str, Any], record: Record) -> tuple[np.ndarray, np.ndarray]:
     """The largest IoU of each detection with an object of its class, -1 where there is none, and the object's index:
     (M,) float64 and (M,) int64."""
     boxes, objects = (np.asarray(b, np.float64).reshape(-1, 4) for b in (found["boxes"], record.boxes))
@@ -55,7 +61,7 @@ def _best_objects(found, record):
     return iou[np.arange(len(iou)), best], best
 
 
-def average_precision(recall, precision, rule):
+def average_precision(recall: np.ndarray, precision: np.ndarray, rule: str) -> float:
     """Average precision, 0..1, of one class.
 
     recall: (D,), not falling; precision: (D,), both by falling score. rule: `11-point`, the mean of the best precision
@@ -68,12 +74,12 @@ def average_precision(recall, precision, rule):
     raise ValueError(f"rule {rule!r}: expected one of {', '.join(RULES)}")
 
 
-def envelope(precision):
+def envelope(precision: np.ndarray) -> np.ndarray:
     """The best precision at each recall or a higher one: (D,) by rising recall -> (D,), not rising."""
     return np.maximum.accumulate(precision[::-1])[::-1]
 
 
-def voc_ap(detections, annotations, rule):
+def voc_ap(detections: Sequence[Mapping[str, Any]], annotations: Annotations, rule: str) -> dict[str, Any]:
     """Pascal VOC AP as detectors are compared by it: at IoU .50, .55, ... .95, the mean over classes at each.
 
     detections: a dict an image of `annotations.records`, as `match` takes them. rule: see `average_precision`. Returns
@@ -99,6 +105,6 @@ def voc_ap(detections, annotations, rule):
             "per_iou": per_iou.tolist() if found else None, "per_class": per_class, "curves": curves}
 
 
-def _summary(values):
+def _summary(values: np.ndarray) -> dict[str, float]:
     """AP, AP50 and AP75 from those at the ten IoU thresholds, (10,)."""
     return {"AP": float(values.mean()), "AP50": float(values[0]), "AP75": float(values[5])}

@@ -1,5 +1,7 @@
 """The ResNet under a detector, and where its weights come from: nowhere, ImageNet, or a file."""
 
+from collections.abc import Mapping
+
 import torch
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -20,7 +22,7 @@ class Backbone(ResNet):
     frozen: the published fine-tuning. Stem and layer1 get no gradient, and ALL batch norms keep their running
     statistics, while the scale and shift of those in layer2 to layer4 are trained."""
 
-    def __init__(self, depth, frozen):
+    def __init__(self, depth: int, frozen: bool):
         block, blocks, self.out_channels = DEPTHS[depth]
         super().__init__(block, blocks)
         del self.fc, self.avgpool
@@ -29,7 +31,7 @@ class Backbone(ResNet):
             for module in (self.conv1, self.bn1, self.layer1):
                 module.requires_grad_(False)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)
         if self.frozen:
             for module in self.modules():
@@ -37,7 +39,7 @@ class Backbone(ResNet):
                     module.eval()
         return self
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """images: (N, 3, H, W), normalised. Returns C3, C4, C5 with strides 8, 16, 32."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         c3 = self.layer2(self.layer1(x))
@@ -45,7 +47,7 @@ class Backbone(ResNet):
         return c3, c4, self.layer4(c4)
 
 
-def initialise(backbone, depth, init):
+def initialise(backbone: Backbone, depth: int, init: str) -> str:
     """Fill `backbone` in place as `init` says; returns in words what was loaded.
 
     init: `none`; `imagenet` (torchvision's IMAGENET1K_V1); or a file: torchvision's, or a checkpoint of this project's
@@ -64,7 +66,7 @@ def initialise(backbone, depth, init):
     return f"{len(state)} entries from {init}" + " (its grey stem sees the grey of the colours)" * grey
 
 
-def in_colour(state):
+def in_colour(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A recognition network's state dict with a stem that takes normalised colours in place of grey in -1..1.
 
     grey = 2 * sum_c luma_c * (std_c * x_c + mean_c) / 255 - 1: the factors go into the convolution, and the constant

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from detection.geometry.anchors import make_anchors
+from detection.geometry.anchors import Anchors, make_anchors
 from detection.network.backbone import Backbone
-from detection.network.gfl_head import GFLHead
+from detection.network.gfl_head import GFLHead, Outputs
 from detection.network.pyramid import FeaturePyramid
 
 
@@ -26,7 +27,7 @@ class Detector(nn.Module):
 
     num_classes: C. architecture: Architecture. frozen: fine-tune the ResNet the published way (see Backbone)."""
 
-    def __init__(self, num_classes, architecture, frozen=False):
+    def __init__(self, num_classes: int, architecture: Architecture, frozen: bool = False):
         super().__init__()
         self.num_classes, self.architecture = num_classes, architecture
         self.backbone = Backbone(architecture.depth, frozen)
@@ -34,10 +35,10 @@ class Detector(nn.Module):
         self.head = GFLHead(num_classes, architecture.channels, architecture.tower_convs, architecture.reg_max,
                             architecture.quality)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> Outputs:
         """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns Outputs."""
         return self.head(self.neck(self.backbone(images)))
 
-    def anchors(self, sizes, device):
+    def anchors(self, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Anchors:
         """The Anchors that the head predicts for. sizes: ((H_l, W_l), ...) of the levels."""
         return make_anchors(sizes, device)

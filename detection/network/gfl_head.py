@@ -1,6 +1,7 @@
 """The head of Generalized Focal Loss (GFL: Li et al., NeurIPS 2020), and what it answers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
-from detection.geometry.anchors import STRIDES
+from detection.geometry.anchors import STRIDES, Anchors
 from detection.geometry.boxes import boxes_at, expected_distances
 
 PRIOR = 0.01  # the score that every anchor starts from, so that the many negatives do not drown the rest
@@ -21,21 +22,21 @@ class Outputs:
 
     logits: torch.Tensor  # (N, A, C) classification logits, fp32
     edges: torch.Tensor  # (N, A, 4, R + 1) logits of the distances 0..R to the left, top, right and bottom side, fp32
-    features: list  # 5 maps (N, channels, H_l, W_l), P3 to P7
+    features: list[torch.Tensor]  # 5 maps (N, channels, H_l, W_l), P3 to P7
     quality: torch.Tensor | None = None  # (N, A, 1) in 0..1: GFocal V2's estimate of the IoU
 
     @property
-    def sizes(self):
+    def sizes(self) -> tuple[tuple[int, int], ...]:
         """((H_l, W_l), ...) of the levels."""
         return tuple(tuple(feature.shape[2:]) for feature in self.features)
 
     @property
-    def scores(self):
+    def scores(self) -> torch.Tensor:
         """(N, A, C) scores in 0..1: the sigmoid of the logits, in GFocal V2 times the quality."""
         scores = self.logits.sigmoid()
         return scores if self.quality is None else scores * self.quality
 
-    def boxes(self, anchors):
+    def boxes(self, anchors: Anchors) -> torch.Tensor:
         """(N, A, 4) decoded boxes in pixels."""
         return boxes_at(anchors.centres, expected_distances(self.edges) * anchors.strides[:, None])
 
@@ -44,7 +45,7 @@ class GFLHead(nn.Module):
     """Two towers, shared by all levels: one scores the classes, the other gives each side of the box a distribution of
     its distance (Li et al., NeurIPS 2020). With `quality` also GFocal V2's branch (Li et al., CVPR 2021)."""
 
-    def __init__(self, num_classes, channels, tower_convs, reg_max, quality):
+    def __init__(self, num_classes: int, channels: int, tower_convs: int, reg_max: int, quality: bool):
         super().__init__()
         self.reg_max = reg_max
         norm = partial(nn.GroupNorm, 32)
@@ -64,7 +65,7 @@ class GFLHead(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
 
-    def forward(self, pyramid):
+    def forward(self, pyramid: list[torch.Tensor]) -> Outputs:
         """pyramid: 5 maps (N, channels, H_l, W_l). Returns Outputs."""
         logits, edges, quality = [], [], []
         for scale, feature in zip(self.scales, pyramid, strict=True):
@@ -76,7 +77,7 @@ class GFLHead(nn.Module):
         return Outputs(torch.cat(logits, dim=1).squeeze(2).float(), torch.cat(edges, dim=1), pyramid,
                        torch.cat(quality, dim=1) if quality else None)
 
-    def _quality(self, edges, size):
+    def _quality(self, edges: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """(N, A_l, 4, R + 1) logits of a level of `size` (H_l, W_l) -> (N, A_l, 1)."""
         top = edges.softmax(dim=-1).topk(4, dim=-1).values
         statistics = torch.cat([top, top.mean(dim=-1, keepdim=True)], dim=-1).flatten(2)  # (N, A_l, 20)
@@ -85,6 +86,6 @@ class GFLHead(nn.Module):
         return flatten(found, 1).squeeze(2)
 
 
-def flatten(feature, groups):
+def flatten(feature: torch.Tensor, groups: int) -> torch.Tensor:
     """(N, groups * K, H, W) -> (N, H * W, groups, K): locations row by row."""
     return feature.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (groups, -1))

@@ -1,5 +1,8 @@
 """The feature pyramid of a detector."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -7,7 +10,7 @@ from torch import nn
 class FeaturePyramid(nn.Module):
     """C3, C4, C5 -> P3 to P7 (Lin et al., CVPR 2017). P6 is made of P5 and P7 of P6, without ReLU between them."""
 
-    def __init__(self, in_channels, channels):
+    def __init__(self, in_channels: Sequence[int], channels: int):
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(count, channels, 1) for count in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
@@ -16,7 +19,7 @@ class FeaturePyramid(nn.Module):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
 
-    def forward(self, maps):
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """maps: C3, C4, C5. Returns [P3, ..., P7], (N, channels, H_l, W_l)."""
         merged = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
         for fine in (1, 0):
