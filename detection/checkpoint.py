@@ -11,7 +11,7 @@ from common.runtime import UserError
 from detection.data.transforms import MEAN, STD
 from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
 from detection.network.backbone import DEPTHS
-from detection.network.detector import Architecture, Detector
+from detection.network.detector import HEADS, Architecture, Detector
 
 # The entries of a checkpoint's metadata and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
@@ -45,8 +45,7 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
                                  (description["preprocessing"], "std", list(STD))):
         if part.get(name) != expected:
             raise UserError(f"{path}: its {name} is {str(part.get(name))[:80]}; expected {expected}")
-    fields = [field.name for field in dataclasses.fields(Architecture)]
-    arguments = len(description["classes"]), Architecture(**{name: model[name] for name in fields})
+    arguments = len(description["classes"]), architecture_of(model)
     state = content.get("model")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
@@ -56,6 +55,12 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     network = Detector(*arguments)
     network.load_state_dict(state)
     return network.eval(), description
+
+
+def architecture_of(model: dict[str, Any]) -> Architecture:
+    """The Architecture of a checkpoint's "model" entry. A field that is younger than the checkpoint has its default."""
+    return Architecture(**{field.name: model.get(field.name, field.default)
+                           for field in dataclasses.fields(Architecture)})
 
 
 def is_description(value: Any) -> bool:
@@ -71,5 +76,6 @@ def is_description(value: Any) -> bool:
     small = all(type(number) in (int, float) and -1e9 < number < 1e9 for number in numbers)
     return (in_range and small and model["channels"] % 32 == 0
             and type(model.get("depth")) is int and model["depth"] in DEPTHS and type(model.get("quality")) is bool
+            and model.get("head", "gfl") in tuple(HEADS)
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
             and 0 < len(value["classes"]) <= 10000)

@@ -10,7 +10,6 @@ from typing import Any
 from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
 from common.runtime import UserError
 from detection.geometry.suppression import SUPPRESSIONS
-from detection.losses.gfl import BOX_LOSSES
 from detection.network.backbone import DEPTHS
 
 # What the published schedules have in common are the defaults of Settings. Epochs are counted from 1, and lr_steps are
@@ -35,7 +34,7 @@ def sides(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a GFL detector. The defaults are the published ones wherever there are any."""
+    """The settings that all detectors have. The defaults are the published ones wherever there are any."""
 
     train: str = setting("data/mine/train.json", "what to train on: a COCO .json, a Pascal VOC image set .txt, or "
                                                  "several joined by commas")
@@ -52,8 +51,6 @@ class Settings:
     depth: int = setting(50, "of the ResNet", choices=tuple(DEPTHS))
     channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32, at least 64")
     tower_convs: int = setting(4, "convolutions of each tower of the head")
-    reg_max: int = setting(16, "the largest distance from an anchor to a side of its box, in strides")
-    quality: bool = setting(False, "GFocal V2: the head also estimates the quality of its boxes")
     epochs: int = setting(12, "passes over the training images")
     batch_size: int = setting(16, "images of a step, over all processes together")
     lr: float = setting(0.01, "learning rate for a batch of 16; for another it is scaled in proportion")
@@ -67,7 +64,6 @@ class Settings:
     short: tuple = setting((800, 800), "images are resized to this short side, in pixels, or in training to one drawn "
                                        "from LOW,HIGH; tests are at the larger", type=sides)
     long: int = setting(1333, "... unless their long side would exceed this")
-    box_loss: str = setting("giou", "loss of the boxes; of VOC's published ResNet-18 ciou", choices=tuple(BOX_LOSSES))
     suppression: str = setting("nms", "how a test thins out overlapping boxes", choices=tuple(SUPPRESSIONS))
     metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); or of VOC since 2010 (area under the curve)",
                           choices=METRICS)
@@ -83,10 +79,15 @@ class Settings:
     test_only: bool = setting(False, "train nothing: test --weights and write results.json")
     weights: str = setting("", "checkpoint to test (default: final.pt of --output)")
 
+    @classmethod
+    def recipes(cls) -> dict[str, dict[str, Any]]:
+        """{name: {setting: value}} of the published schedules. A method with others has them as choices of `recipe`."""
+        return RECIPES
+
     def ranges(self) -> tuple[tuple[str, float, float], ...]:
         """[(name, lowest, highest)] of the settings that are numbers."""
         return (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 64, 4096), ("tower_convs", 0, 16),
-                ("reg_max", 4, 64), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
+                ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
                 ("weight_decay", 0, 1e3), ("clip", 0, 1e9), ("repeat", 1, 1e6), ("long", 32, 1e5),
                 ("workers", 0, 1024), ("test_every", 0, 1e6), ("save_steps", 0, 1e9))
 
@@ -102,7 +103,7 @@ def parse_settings(stage: str, settings: Settings, description: str | None,
 
     stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
     given = parse_flags(dataclasses.fields(settings), description, argv)
-    recipe = RECIPES.get(given.get("recipe", settings.recipe), {})
+    recipe = settings.recipes().get(given.get("recipe", settings.recipe), {})
     settings = dataclasses.replace(settings, **{**recipe, **given})
     paths, names = {}, {"{data}": data_name(settings.train), "{stage}": stage}
     for name in ("output", "teacher"):

@@ -6,11 +6,10 @@
 """
 
 from detection.engine import run_stage
-from detection.methods.gfl import GFL
-from detection.settings import Settings
+from detection.methods.gfl import GFL, GFLSettings
 
 # Edit here, or give the flag of the same name (batch_size is --batch-size); --help lists every setting there is.
-SETTINGS = Settings(
+SETTINGS = GFLSettings(
     train="data/mine/train.json",  # a COCO .json, a Pascal VOC image set .txt, or several joined by commas
     test="data/mine/test.json",
     output="runs/{data}/{stage}",  # checkpoints, log and results; {data} is the folder that train lies in

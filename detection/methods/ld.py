@@ -13,7 +13,6 @@ from detection.distillers.regions import VLR_METRICS
 from detection.distillers.teacher import GRID, load_teacher
 from detection.methods import gfl
 from detection.methods.method import Method, Step
-from detection.settings import Settings
 
 COCO_CLASSES, COCO_KD_WEIGHT = 80, 10.0  # the published weight of KD, and the classes that it was tuned for
 
@@ -31,7 +30,7 @@ def kd_weight(settings: "LDSettings", num_classes: int) -> float:
 
 
 @dataclass(frozen=True)
-class LDSettings(Settings):
+class LDSettings(gfl.GFLSettings):
     """The settings of a GFL detector that a frozen teacher teaches."""
 
     teacher: str = setting("runs/{data}/teacher/final.pt", "checkpoint of the teacher")

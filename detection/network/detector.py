@@ -20,10 +20,20 @@ class Architecture:
     tower_convs: int = 4  # convolutions of each tower
     reg_max: int = 16  # R: the largest distance to a side, in strides
     quality: bool = False  # GFocal V2's quality branch
+    head: str = "gfl"  # of HEADS
+
+
+def gfl_head(num_classes: int, architecture: Architecture) -> GFLHead:
+    """The GFLHead of an Architecture."""
+    return GFLHead(num_classes, architecture.channels, architecture.tower_convs, architecture.reg_max,
+                   architecture.quality)
+
+
+HEADS = {"gfl": gfl_head}  # the heads that a checkpoint may name, as functions of C and the Architecture
 
 
 class Detector(nn.Module):
-    """ResNet, feature pyramid, GFL head.
+    """ResNet, feature pyramid, and the head that the Architecture names.
 
     num_classes: C. architecture: Architecture. frozen: fine-tune the ResNet the published way (see Backbone)."""
 
@@ -32,11 +42,10 @@ class Detector(nn.Module):
         self.num_classes, self.architecture = num_classes, architecture
         self.backbone = Backbone(architecture.depth, frozen)
         self.neck = FeaturePyramid(self.backbone.out_channels, architecture.channels)
-        self.head = GFLHead(num_classes, architecture.channels, architecture.tower_convs, architecture.reg_max,
-                            architecture.quality)
+        self.head = HEADS[architecture.head](num_classes, architecture)
 
     def forward(self, images: torch.Tensor) -> Outputs:
-        """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns Outputs."""
+        """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns the Outputs of the head."""
         return self.head(self.neck(self.backbone(images)))
 
     def anchors(self, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Anchors:

@@ -281,7 +281,8 @@ def having(name, value):
     (having("neck.lateral_convs.0.conv.bias", torch.ones(1).expand(64)),
      "neck.lateral_convs.0.conv.bias is no dense tensor"),
     (having("hook", "a text"), "hook is no dense tensor of numbers"),
-    (having("bbox_head.gfl_reg.weight", torch.ones(8, 64, 3, 3)), "reg_max=1, quality=False); expected at most 10000"),
+    (having("bbox_head.gfl_reg.weight", torch.ones(8, 64, 3, 3)),
+     "reg_max=1, quality=False, head='gfl'); expected at most 10000"),
 ])
 def test_what_is_missing_unknown_or_misshapen_is_named(plain_state, given, tmp_path, capsys, change, complaint):
     path = given({"state_dict": change(plain_state), "meta": {"CLASSES": NAMES}})

@@ -17,7 +17,7 @@ from detection.data import batches
 from detection.data.annotations import read_annotations
 from detection.engine import Run, learning_rate, train_step
 from detection.inference import detect, inference_network
-from detection.methods.gfl import GFL
+from detection.methods.gfl import GFL, GFLSettings
 from detection.methods.ld import LD, LDSettings
 from detection.metrics.coco_ap import coco_ap
 from detection.network.detector import Architecture, Detector
@@ -393,7 +393,7 @@ def test_four_real_images_are_learned_by_heart():
     draws = batches.test_draws(annotations, 256, 320)
     batch = batches.collate(batches.DetectionDataset(annotations).__getitems__(draws))
     network = Detector(10, Architecture(18, 64, 2)).to(memory_format=torch.channels_last)
-    run = run_of(network, Settings(lr=0.08, batch_size=4, lr_steps=(90,), warmup_steps=20, clip=35))
+    run = run_of(network, GFLSettings(lr=0.08, batch_size=4, lr_steps=(90,), warmup_steps=20, clip=35))
     for run.epoch in range(100):
         train_step(run, run.trainee.train(), batch)
     found = detect(inference_network(network, run.device), batch.images, batch.sizes, batch.scales, run.device, "fp32")
