@@ -30,7 +30,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, thresho
     """Greedy NMS by IoU. Arguments and results: see the module."""
     if boxes.device.type != "cpu":
         return cluster_nms(boxes, scores, labels, threshold, limit)  # the same boxes, without a loop over the classes
-    boxes, scores, labels = _by_score(boxes, scores, labels)
+    boxes, scores, labels = by_score(boxes, scores, labels)
     # torchvision compares an fp32 IoU with a double: an IoU of exactly 3/5, in fp32 0.60000002, would be above 0.6.
     threshold = torch.tensor(threshold, dtype=torch.float32).item()
     keep = torch.zeros_like(labels, dtype=torch.bool)
@@ -45,8 +45,8 @@ def cluster_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor,
                 limit: int = 100) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cluster-NMS by IoU (Zheng et al., Enhancing Geometric Factors, IEEE Trans. Cybernetics 2022): the boxes of `nms`,
     found with matrices instead of box after box. Arguments and results: see the module."""
-    boxes, scores, labels = _by_score(boxes, scores, labels)
-    kept = _cluster(iou, boxes, labels, threshold, limit)
+    boxes, scores, labels = by_score(boxes, scores, labels)
+    kept = greedy(iou, boxes, labels, threshold, limit)
     return boxes[kept], scores[kept], labels[kept]
 
 
@@ -62,8 +62,8 @@ def score_voting_cluster_diou_nms(boxes: torch.Tensor, scores: torch.Tensor, lab
     The original also counts every other box j after i, with a weight of exp(-40) * score_j = 4e-18 * score_j. As
     score_j is at most score_i, the weight of the box itself, 10^4 boxes in an image of 4000 pixels would move a side by
     less than 2e-10 pixels: nothing in fp32."""
-    boxes, scores, labels = _by_score(boxes, scores, labels)
-    kept = _cluster(distance_penalised_iou, boxes, labels, threshold, limit)
+    boxes, scores, labels = by_score(boxes, scores, labels)
+    kept = greedy(distance_penalised_iou, boxes, labels, threshold, limit)
     return _vote(distance_penalised_iou, boxes, scores, labels, kept), scores[kept], labels[kept]
 
 
@@ -77,7 +77,7 @@ def distance_penalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return iou(a, b) - centre_distance(a, b) ** 0.8
 
 
-def _by_score(boxes: torch.Tensor, scores: torch.Tensor,
+def by_score(boxes: torch.Tensor, scores: torch.Tensor,
               labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three in fp32 and descending order of the scores; equal scores stay in the order they came in."""
     scores, order = scores.float().sort(stable=True, descending=True)
@@ -91,7 +91,7 @@ def _similarity(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], b
     return measure(*pairs(boxes[rows], boxes[columns])) * same
 
 
-def _cluster(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor,
+def greedy(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor,
              threshold: float, limit: int) -> torch.Tensor:
     """The numbers (K,) of the first `limit` boxes that greedy NMS keeps; boxes are in descending order of the scores.
 
