@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from common.files import atomic_path, list_lines, read_json, write_json
 from common.image_cache import ImageCache
+from common.images import ValueRange, is_value_range, value_range_entry
 from common.runtime import UserError
 
 GROUPS = ("head", "middle", "tail")
@@ -32,7 +33,7 @@ class DatasetInfo:
 
     root: the folder of the lists. images: the folder that the lists' paths are relative to. classes: names in id order.
     groups: {"head": [ids], "middle": [ids], "tail": [ids]}, together every class once. group_rule: human-readable,
-    how the groups were made."""
+    how the groups were made. value_range: of images of more than 8 bits, see `common.images.decode`."""
 
     root: Path
     name: str
@@ -40,6 +41,7 @@ class DatasetInfo:
     groups: dict[str, list[int]]
     group_rule: str
     images: Path
+    value_range: ValueRange | None = None
 
     def group_of_class(self) -> torch.Tensor:
         """(classes,) int64 tensor: 0 head, 1 middle, 2 tail."""
@@ -82,10 +84,14 @@ def read_info(root: str | Path) -> DatasetInfo:
     ids = [class_id for group in GROUPS for class_id in groups[group]]
     if not all(type(class_id) is int for class_id in ids) or sorted(ids) != list(range(len(classes))):
         raise UserError(f"{path}: head, middle and tail must together hold each class id 0..{len(classes) - 1} once")
+    value_range = content.get("value_range")
+    if not is_value_range(value_range):
+        raise UserError(f"{path}: 'value_range' must be two whole numbers, the lower first")
     images = root / content["images"]
     if not os.path.isdir(images):
         raise UserError(f"{path}: 'images' names {images}, which is not a folder; correct it if the images have moved")
-    return DatasetInfo(root, content["name"], classes, groups, content["group_rule"], images)
+    return DatasetInfo(root, content["name"], classes, groups, content["group_rule"], images,
+                       value_range and tuple(value_range))
 
 
 def write_dataset(info: DatasetInfo, lists: dict[str, list[tuple[str, int]]],
@@ -105,7 +111,7 @@ def write_dataset(info: DatasetInfo, lists: dict[str, list[tuple[str, int]]],
     images = Path(os.path.relpath(info.images.resolve(), info.root.resolve())).as_posix()
     write_json(info.root / "dataset.json", {
         "name": info.name, "classes": info.classes, "groups": info.groups, "group_rule": info.group_rule,
-        "images": images, "made_by": made_by or {},
+        "images": images, **value_range_entry(info.value_range), "made_by": made_by or {},
     })
 
 
@@ -142,6 +148,30 @@ def read_split(info: DatasetInfo, split: str) -> list[Sample]:
     if split == "val" and not path.exists():
         return []
     return read_list(path, len(info.classes))
+
+
+def check_distinct(info: DatasetInfo, lists: dict[str, list[Sample]]) -> None:
+    """Raise UserError for an image that is in two of the lists, {split: [Sample]}, or has two labels, by whatever names
+    its file is listed. What only the pixels tell is left to `prepare_dataset.py check`."""
+    seen: dict[Any, tuple[str, Sample]] = {}
+    for split, samples in lists.items():
+        for sample in samples:
+            other_split, other = seen.setdefault(_identity(os.path.join(info.images, sample.path)), (split, sample))
+            if split != other_split:
+                raise UserError(f"{sample.where}: image {sample.path} is also at {other.where}; expected an image in "
+                                "one list alone: remove one of the two lines")
+            if sample.label != other.label:
+                raise UserError(f"{sample.where}: image {sample.path} has the label {sample.label} here and "
+                                f"{other.label} at {other.where}; remove one of the two lines")
+
+
+def _identity(path: str) -> Any:
+    """Equal for two names of one file. An absent file has only its name."""
+    try:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    except (OSError, ValueError):
+        return os.path.normpath(path)
 
 
 def class_counts(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
@@ -191,9 +221,11 @@ def describe(info: DatasetInfo) -> dict[str, Any]:
 
 
 def fingerprint(info: DatasetInfo, splits: dict[str, list[Sample]]) -> str:
-    """16 hexadecimal digits that change with the classes, the groups, and the content of the lists.
+    """16 hexadecimal digits that change with the classes, the groups, the value range, and the content of the
+    lists.
 
     splits: {split: [Sample]}."""
     lists = {split: [(sample.path, sample.label) for sample in samples] for split, samples in splits.items()}
-    content = json.dumps([info.classes, info.groups, lists], sort_keys=True)
+    entry = value_range_entry(info.value_range)
+    content = json.dumps([info.classes, info.groups, lists, *entry.values()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common.files import atomic_path, publish_checkpoint, sha256_of, without_paths
-from common.images import decode_squares, find_images
+from common.images import ValueRange, decode_squares, find_images
 from common.runtime import UserError, run_script
 from common.weights import fold_batch_norm
 from dataset import network_input
@@ -77,10 +77,10 @@ def program_bytes(program: torch.export.ExportedProgram, description: str) -> by
 # ---- the check -----------------------------------------------------------------------------------------------------
 
 
-def read_images(files: list[Path], size: int) -> torch.Tensor:
+def read_images(files: list[Path], size: int, value_range: ValueRange | None) -> torch.Tensor:
     """(N, 1, size, size) uint8. Raises UserError for the first file that cannot be read as an image."""
     images = []
-    for file, (image, reason) in zip(files, decode_squares((files, size)), strict=True):
+    for file, (image, reason) in zip(files, decode_squares((files, size, value_range)), strict=True):
         if image is None:
             raise UserError(f"{file}: {reason}; give readable images to check the exported file on")
         images.append(torch.from_numpy(image.copy()))
@@ -127,7 +127,8 @@ def export(args: argparse.Namespace) -> None:
         require_packages("onnx", "onnxscript", "onnxruntime")
     network, description = load_classifier(args.weights, args.data_root, args.image_size)
     size = description["preprocessing"]["image_size"]
-    images = read_images(find_images(args.images)[:CHECKED], size)
+    value_range = description["preprocessing"].get("value_range")
+    images = read_images(find_images(args.images)[:CHECKED], size, value_range)
     description = json.dumps({
         **without_paths(description), "weights_sha256": sha256_of(args.weights),
         "input": f"images: uint8 (batch, 1, {size}, {size}), grey; mean and std are applied inside",

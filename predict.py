@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.files import atomic_path, write_json
-from common.images import decode_squares, find_images
+from common.images import decode_squares, find_images, low_and_high, range_to_predict_with
 from common.runtime import UserError, run_script
 from common.workers import in_processes
 from recognition.inference import Classifier, open_classifier
@@ -38,7 +38,7 @@ def predict(classifier: Classifier, files: list[Path], top: int) -> Iterator[Pre
     """Yield the Prediction of each file, in order. top: the number of classes, most probable first."""
     together = classifier.batch_size
     chunks = [files[start:start + together] for start in range(0, len(files), together)]
-    jobs = [(chunk, classifier.image_size) for chunk in chunks]
+    jobs = [(chunk, classifier.image_size, classifier.value_range) for chunk in chunks]
     for chunk, decoded in zip(chunks, in_processes(decode_squares, jobs), strict=True):
         readable = [torch.from_numpy(image.copy()) for image, _ in decoded if image is not None]
         rankings = most_probable(classifier, readable, top) if readable else []
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write all predictions, and unreadable images")
     parser.add_argument("--data-root", help="data set whose class names to use, for weights that hold none")
     parser.add_argument("--image-size", type=int, help="default: the training size of the checkpoint, or 224")
+    parser.add_argument("--value-range", type=low_and_high, metavar="LOW,HIGH", help="of images of more than 8 bits, "
+                        "the values that become black and white (default: as in training)")
     parser.add_argument("--top", type=int, default=3, help="number of classes for each image, most probable first")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto")
@@ -89,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     classifier = open_classifier(args.weights, args.data_root, args.image_size, args.device, args.precision)
     classes = classifier.classes
-    top, rows = min(args.top, len(classes)), []
-    for file, ranking, reason in predict(classifier, find_images(args.images), top):
+    top, rows, files = min(args.top, len(classes)), [], find_images(args.images)
+    value_range = range_to_predict_with(files, args.value_range, classifier.value_range)
+    for file, ranking, reason in predict(classifier._replace(value_range=value_range), files, top):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})

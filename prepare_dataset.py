@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from common.images import ValueRange, low_and_high, value_range_of, value_range_text
 from common.runtime import UserError, run_script
-from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, write_dataset
+from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, read_info, read_split, write_dataset
 from preparation.check import check_dataset, print_table
 from preparation.chips import cut_chips, read_coco, read_dota
 from preparation.division import choose, groups_by_thirds, groups_by_threshold, held_out_counts, long_tail_counts
@@ -37,6 +38,7 @@ TEST_FRACTION = 0.2  # part of each class for the test part, where the source ha
 HEAD_MIN = None  # training images from which a class is head; None: the published groups, else thirds by rank
 TAIL_MAX = None  # training images up to which a class is tail
 MARGIN = 0.1  # dota, coco: a chip's edges are this much longer than those of its object's box
+VALUE_RANGE = None  # of images of more than 8 bits, the values that become 0 and 255; None: the lowest and the highest
 SEED = 0
 
 
@@ -60,6 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--margin", type=float, metavar="F", help="dota, coco: a chip's edges are 1 + F times those of the object's "
         f"box, half of it on each side (default {MARGIN})")
     add("--images", type=Path, metavar="DIR", help="coco: folder of the images, if they are not beside the JSON file")
+    add("--value-range", type=low_and_high, default=VALUE_RANGE, metavar="LOW,HIGH", help="of images of more than 8 "
+        "bits, the pixel values that become black and white (default: the lowest and the highest of all images)")
     add("--processes", type=int, metavar="N", help="number of decoding processes (default: one a core). Each holds one "
         "whole image in memory: up to 1.6 GB for the largest of DOTA")
     add("--seed", type=int, default=SEED, metavar="N", help="seed of all random choices (default %(default)s)")
@@ -164,16 +168,43 @@ def make_groups(source: Source, counts: np.ndarray, args: argparse.Namespace) ->
     return groups_by_thirds(counts)
 
 
+def group_notes(groups: dict[str, list[int]], rule: str, lists: dict[str, Samples],
+                args: argparse.Namespace) -> list[str]:
+    """Sentences on groups that a stage of training cannot use, with the remedy."""
+    notes, held_out = [], {label for _, label in lists["val"]}
+    for group in GROUPS:
+        if not groups[group]:
+            notes.append(f"group {group} is empty ({rule}), so its teacher has nothing to learn: give --head-min and "
+                         "--tail-max")
+        elif args.val_fraction and held_out.isdisjoint(groups[group]):
+            notes.append(f"no image of group {group} is held out to choose the best epoch on: train with --select test")
+    return notes
+
+
 def relative_paths(lists: dict[str, Samples]) -> tuple[Path, dict[str, Samples]]:
     """Absolute image paths -> (their common folder, the lists with paths relative to it)."""
     folders = {os.path.dirname(path) for samples in lists.values() for path, _ in samples}
     common = os.path.commonpath(folders)
-    return Path(common), {split: [(Path(os.path.relpath(path, common)).as_posix(), label) for path, label in samples]
+
+    def in_list(path: str) -> str:
+        relative = Path(os.path.relpath(path, common)).as_posix()
+        return f"./{relative}" if relative.startswith(" ") else relative  # a space that begins a line is no part of it
+
+    return Path(common), {split: [(in_list(path), label) for path, label in samples]
                           for split, samples in lists.items()}
 
 
+def check_readable(destination: Path, lists: dict[str, Samples]) -> None:
+    """Raise UserError where a data set that was written is not read as it was meant: a name that no list can hold."""
+    info = read_info(destination)
+    for split in SPLITS:
+        for sample, (path, _) in zip(read_split(info, split), lists[split], strict=True):
+            if sample.path != path:
+                raise UserError(f"{sample.where}: the image {path!r} would be looked for as {sample.path!r}; rename it")
+
+
 def write(destination: Path, source: Source, lists: dict[str, Samples], groups: dict[str, list[int]], rule: str,
-          args: argparse.Namespace) -> tuple[DatasetInfo, dict[str, Samples]]:
+          value_range: ValueRange | None, args: argparse.Namespace) -> tuple[DatasetInfo, dict[str, Samples]]:
     """Cut the chips, if there are any, and write the data set. After a failure nothing of it is left."""
     images, existed = destination / "images", destination.exists()
     has_chips = not isinstance(lists["train"][0][0], str)
@@ -184,7 +215,7 @@ def write(destination: Path, source: Source, lists: dict[str, Samples], groups: 
             # Validation chips are in the folder of train, of which they are a part.
             folder_of = {"train": "train", "val": "train", "test": "test"}
             chips = [(f"{folder_of[split]}/{chip.name}", chip) for split in SPLITS for chip, _ in lists[split]]
-            cut_chips(chips, images, args.processes)
+            cut_chips(chips, images, args.processes, value_range)
             lists = {split: [(f"{folder_of[split]}/{chip.name}", label) for chip, label in samples]
                      for split, samples in lists.items()}
         else:
@@ -194,15 +225,18 @@ def write(destination: Path, source: Source, lists: dict[str, Samples], groups: 
             raise UserError(f"{images}: {unwritable[0]!a}: unprintable characters cannot stand in a list; rename it")
         genuine = source.published and source.test and not (args.imbalance or args.max_per_class)
         name = source.published["name"] if genuine else destination.resolve().name
-        settings = {key: value for key, value in vars(args).items() if key not in ("paths", "images", "processes")}
+        elsewhere = ("paths", "images", "processes", "value_range")
+        settings = {key: value for key, value in vars(args).items() if key not in elsewhere}
         settings["sources"] = [str(path) for path in args.paths[:-1]]
-        info = DatasetInfo(destination, name, source.classes, groups, rule, images)
+        info = DatasetInfo(destination, name, source.classes, groups, rule, images, value_range)
         write_dataset(info, lists, {"command": "prepare_dataset.py", **settings})
+        check_readable(destination, lists)
     except BaseException as error:
         if has_chips:
             shutil.rmtree(destination / "images", ignore_errors=True)
         for split in SPLITS:
             (destination / f"{split}.txt").unlink(missing_ok=True)
+        (destination / "dataset.json").unlink(missing_ok=True)
         if not existed:
             shutil.rmtree(destination, ignore_errors=True)
         if isinstance(error, OSError):
@@ -223,8 +257,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source.published and source.test:
         notes += published_deviations(source)
     groups, rule = make_groups(source, counts, args)
-    notes += [f"group {group} is empty ({rule})" for group in GROUPS if not groups[group]]
-    info, lists = write(destination, source, lists, groups, rule, args)
+    notes += group_notes(groups, rule, lists, args)
+    files = sorted({item if isinstance(item, str) else item.image for samples in lists.values() for item, _ in samples})
+    value_range = value_range_of(files, args.value_range, args.processes)
+    if value_range:
+        notes.append(value_range_text(value_range))
+    info, lists = write(destination, source, lists, groups, rule, value_range, args)
     counts = print_table(info, {split: [label for _, label in samples] for split, samples in lists.items()})
     draw_class_counts(info, counts, destination / "class_counts.png")
     for note in notes:

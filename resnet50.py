@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from common.files import check_entries, is_metadata, is_stored_whole, load_checkpoint
+from common.images import is_value_range
 from common.runtime import UserError
 from common.weights import imagenet_state, with_batch_counts
 
@@ -98,7 +99,7 @@ def is_description(value: Any) -> bool:
     if not is_metadata(value, DESCRIPTION):
         return False
     size = value["preprocessing"].get("image_size")
-    return (type(size) is int and 32 <= size <= 4096
+    return (type(size) is int and 32 <= size <= 4096 and is_value_range(value["preprocessing"].get("value_range"))
             and all(isinstance(ids, list) and all(type(each) is int for each in ids)
                     for ids in value["groups"].values()))
 

@@ -31,7 +31,7 @@ def read_images(paths, preprocessing):
     images = []
     for file in find_images(paths)[:MOST_IMAGES]:
         try:
-            images.append(resize_for_test(decode_rgb(file), preprocessing))
+            images.append(resize_for_test(decode_rgb(file, preprocessing.get("value_range")), preprocessing))
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise UserError(f"{file}: {unreadable(error)}") from None
     return images

@@ -28,7 +28,9 @@ def read_coco_file(path: str | Path) -> CocoFile:
         raise UserError(f"{path}: not a COCO annotation file; expected lists of images, annotations and categories")
     pairs = [(entry.get("id"), entry.get("name")) for entry in content["categories"]]
     if not pairs or not all(type(number) is int and is_name(name) for number, name in pairs):
-        raise UserError(f"{path}: expected every category to have an id (whole number) and a name")
+        wrong = next(pair for pair in pairs if type(pair[0]) is not int or not is_name(pair[1])) if pairs else "none"
+        raise UserError(f"{path}: category {str(wrong)[:80]}; expected every category to have an id (whole number) and "
+                        "a name of printable characters")
     categories = dict(sorted(pairs))
     if len(categories) < len(pairs) or len(set(categories.values())) < len(pairs):
         raise UserError(f"{path}: two categories have the same id or the same name; expected different ones")

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import atomic_path, remove_partials
-from common.images import decode_square, unreadable
+from common.images import ValueRange, decode_square, unreadable
 from common.runtime import UserError
 from common.workers import in_processes
 
@@ -28,18 +28,19 @@ class ImageCache:
 
     images: the folder of the images. samples: their [dataset.Sample]. folder: of the cache. name: of its file; a new
     cache replaces older ones of the same name and size. processes: number of decoders, None for one a core.
-    row_of: {relative path: row of the array}. key: changes with every image."""
+    value_range: as of `images.decode`. row_of: {relative path: row of the array}. key: changes with every image."""
 
     def __init__(self, images: str | Path, samples: Sequence[Any], size: int, folder: str | Path, name: str = "images",
-                 processes: int | None = None):
+                 processes: int | None = None, value_range: ValueRange | None = None):
         where: dict[str, str] = {}
         for sample in samples:
             where.setdefault(sample.path, sample.where)
         paths = sorted(where)
         self.row_of = {path: row for row, path in enumerate(paths)}
-        key = _cache_key(images, paths, where, size)
+        key = _cache_key(images, paths, where, size, value_range)
         file = Path(folder) / f"{name}_{size}_{key}.npy"
-        build_once(file, f"{name}_{size}_*.npy", lambda: _build_cache(file, images, paths, where, size, processes))
+        build_once(file, f"{name}_{size}_*.npy", lambda: _build_cache(file, images, paths, where, size, processes,
+                                                                        value_range))
         self.array = np.load(file, mmap_mode="r")
         self.key = key
 
@@ -59,9 +60,12 @@ def build_once(file: Path, replaces: str, build: Callable[[], None]) -> None:
                     older.unlink()
 
 
-def _cache_key(images: str | Path, paths: Sequence[str], where: dict[str, str], size: int) -> str:
+def _cache_key(images: str | Path, paths: Sequence[str], where: dict[str, str], size: int,
+               value_range: ValueRange | None) -> str:
     """A hexadecimal key of the cache's images. Raises UserError for an absent image, or a link out of the folder."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {size}".encode())
+    if value_range:
+        digest.update(f" {list(value_range)}".encode())
     root = os.path.realpath(images)
     inside: dict[str, bool] = {}
     for path in paths:
@@ -87,7 +91,7 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 def _build_cache(file: Path, images: str | Path, paths: list[str], where: dict[str, str], size: int,
-                 processes: int | None) -> None:
+                 processes: int | None, value_range: ValueRange | None) -> None:
     needed = len(paths) * size * size
     free = shutil.disk_usage(file.parent).free
     if needed > free:
@@ -100,7 +104,8 @@ def _build_cache(file: Path, images: str | Path, paths: list[str], where: dict[s
             offset = whole.tell()
             whole.truncate(offset + needed)
         chunks = [range(start, min(start + 64, len(paths))) for start in range(0, len(paths), 64)]
-        jobs = [(temporary, offset, images, chunk, paths[chunk.start:chunk.stop], size) for chunk in chunks]
+        jobs = [(temporary, offset, images, chunk, paths[chunk.start:chunk.stop], size, value_range)
+                for chunk in chunks]
         with tqdm(total=len(paths), desc=f"caching images at {size}x{size}", unit="image", disable=None) as bar:
             for failure, done in in_processes(_fill_cache, jobs, processes):
                 if failure:
@@ -109,14 +114,15 @@ def _build_cache(file: Path, images: str | Path, paths: list[str], where: dict[s
                 bar.update(done)
 
 
-def _fill_cache(job: tuple[Path, int, str | Path, range, list[str], int]) -> tuple[tuple[str, str] | None, int]:
+def _fill_cache(job: tuple[Path, int, str | Path, range, list[str], int, ValueRange | None]
+                ) -> tuple[tuple[str, str] | None, int]:
     """Decode one chunk of images and write it at its place. Returns (None, number of images), or ((path, reason),
     number) of the first image that could not be read."""
-    file, offset, images, rows, paths, size = job
+    file, offset, images, rows, paths, size, value_range = job
     block = np.empty((len(rows), size, size), np.uint8)
     for number, path in enumerate(paths):
         try:
-            block[number] = decode_square(os.path.join(images, path), size)
+            block[number] = decode_square(os.path.join(images, path), size, value_range)
         # A damaged file can make a decoder raise any exception.
         except Exception as error:
             return (path, unreadable(error)), number
@@ -135,7 +141,8 @@ def _locked(folder: Path) -> Iterator[bool]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below, outside this try
     except OSError as error:
-        raise UserError(f"{folder}: the image cache cannot be written here ({error.strerror})") from None
+        raise UserError(f"{folder}: the image cache cannot be written here ({error.strerror}); give another folder "
+                        "with --cache-dir") from None
     with file:
         locked = False
         with contextlib.suppress(ImportError, OSError):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from common.files import check_entries, is_metadata, load_checkpoint
+from common.images import ValueRange, is_value_range, value_range_entry
 from common.runtime import UserError
 from detection.data.transforms import MEAN, STD
 from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
@@ -24,10 +25,10 @@ def describe_model(architecture: Architecture) -> dict[str, Any]:
             "anchor_offset": 0}
 
 
-def describe_preprocessing(short: int, long: int) -> dict[str, Any]:
+def describe_preprocessing(short: int, long: int, value_range: ValueRange | None = None) -> dict[str, Any]:
     """The preprocessing of a detector's images as plain values: sides in pixels, means and deviations of R, G, B in
-    0..255."""
-    return {"short": short, "long": long, "mean": list(MEAN), "std": list(STD)}
+    0..255; of images of more than 8 bits the values that become 0 and 255."""
+    return {"short": short, "long": long, "mean": list(MEAN), "std": list(STD), **value_range_entry(value_range)}
 
 
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
@@ -78,4 +79,5 @@ def is_description(value: Any) -> bool:
             and type(model.get("depth")) is int and model["depth"] in DEPTHS and type(model.get("quality")) is bool
             and model.get("head", "gfl") in tuple(HEADS)
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
+            and is_value_range(preprocessing.get("value_range"))
             and 0 < len(value["classes"]) <= 10000)

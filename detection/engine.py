@@ -10,11 +10,13 @@ import torch
 
 from common.files import read_json_lines, save_checkpoint, sha256_of
 from common.flags import check_output
+from common.images import ValueRange, value_range_of, value_range_text
 from common.runtime import (
     UserError,
     autocast,
     device_name,
     library_versions,
+    of_first_process,
     rank,
     resolve_device,
     run_script,
@@ -91,9 +93,10 @@ class Run(TrainingRun):
     test_annotations: Annotations
     teacher: torch.nn.Module | None  # frozen; not a part of what is trained
     companions: dict[str, torch.nn.Module] = field(default_factory=dict)  # trained beside the published one, by name
+    value_range: ValueRange | None = None  # of images of more than 8 bits
 
     def __post_init__(self) -> None:
-        self.dataset = DetectionDataset(self.train_annotations)
+        self.dataset = DetectionDataset(self.train_annotations, self.value_range)
         self._trainee = Trainee(self.network, self.companions, self.method.forward)
 
     @property
@@ -128,8 +131,10 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
     test_annotations = read_test_annotations(settings, train_annotations.classes)
     precision = run_precision(settings, device)
-    digests = {"teacher_sha256": teacher_sha256(settings)} if method.load_teacher else {}
-    identity = identity_of_run(method.name, settings, precision, fingerprint(train_annotations), **digests)
+    found = {"value_range": train_value_range(settings, train_annotations)}
+    if method.load_teacher:
+        found["teacher_sha256"] = teacher_sha256(settings)
+    identity = identity_of_run(method.name, settings, precision, fingerprint(train_annotations), **found)
     if rank() == 0:
         check_output(settings, identity, f"images, boxes or classes than {settings.train} has")
     if is_finished(settings):
@@ -142,6 +147,13 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
         if rank() == 0:
             pictures.draw_curves(read_json_lines(folder / "log.jsonl"), folder / "curves.png")
         test(settings, folder / "final.pt", device)
+
+
+def train_value_range(settings: Settings, annotations: Annotations) -> list[int] | None:
+    """The `value_range_of` the images to train on as a plain value, found by the first process."""
+    files = [record.path for record in annotations.records] if rank() == 0 else []
+    found = of_first_process(value_range_of(files, settings.value_range, settings.workers or 1))
+    return found and list(found)
 
 
 def teacher_sha256(settings: Any) -> str:
@@ -157,7 +169,8 @@ def describe_run(method: Method, settings: Settings, annotations: Annotations, i
     """The metadata of the run's checkpoints, plain values. annotations: those to train on."""
     return {"stage": method.name, "classes": list(annotations.classes),
             "model": describe_model(method.architecture(settings)),
-            "preprocessing": describe_preprocessing(settings.short[1], settings.long), "epoch": 0,
+            "preprocessing": describe_preprocessing(settings.short[1], settings.long, identity["value_range"]),
+            "epoch": 0,
             "dataset": data_name(settings.train), "settings": identity, "device": device_name(device),
             "processes": world_size(), "versions": library_versions()}
 
@@ -185,7 +198,7 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
     run = Run(name=method.name, settings=settings, device=device, precision=precision, network=network,
               optimizer=optimizer, sampler=sampler, description=description, method=method,
               train_annotations=train_annotations, test_annotations=test_annotations, teacher=teacher,
-              companions=companions)
+              companions=companions, value_range=identity["value_range"])
     say(f"stage {run.name} on {description['dataset']}: {num_classes} classes, {len(shapes)} images with "
         f"{sum(len(record.labels) for record in train_annotations.records)} objects to train on, "
         f"{len(test_annotations.records)} images to test")
@@ -194,6 +207,8 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
         f"({settings.batch_size // world_size()} on each of {world_size()} processes); lr "
         f"{settings.lr * settings.batch_size / 16:g}; short side {short}, long side at most {settings.long}; "
         f"{len(sampler)} steps an epoch")
+    if run.value_range:
+        say(value_range_text(run.value_range))
     for note in notes(run):
         say(f"note: {note}")
     resume(run)

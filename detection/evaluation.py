@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.files import read_json, sha256_of, write_json
 from common.flags import check_test_output
+from common.images import ValueRange
 from common.precision import precision_of_test
 from common.runtime import (
     UserError,
@@ -42,7 +43,8 @@ def detect_all(network: Detector, annotations: Annotations, preprocessing: dict[
     One image at a time, as published detectors are tested: a batch's padding would be part of its group norms."""
     network = inference_network(network, device)
     draws = test_draws(annotations, preprocessing["short"], preprocessing["long"])[rank()::world_size()]
-    batches = loader(DetectionDataset(annotations), [[draw] for draw in draws], settings.workers, device)
+    batches = loader(DetectionDataset(annotations, preprocessing.get("value_range")), [[draw] for draw in draws],
+                     settings.workers, device)
     detections = {batch.indices[0]: detect(network, batch.images, batch.sizes, batch.scales, device, precision,
                                            settings.suppression)[0] for batch in batches}
     if world_size() > 1:
@@ -128,16 +130,19 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
           f"{results['device']})", flush=True)
     write_json(folder / "results.json", results)
     pictures.draw_precision_recall(curves, folder / "precision_recall.png")
-    draw_sheet(annotations, found, folder / "detections.png")
+    draw_sheet(annotations, found, folder / "detections.png", preprocessing.get("value_range"))
     print(f"written: {folder / 'results.json'}, precision_recall.png, detections.png", flush=True)
     return results
 
 
-def draw_sheet(annotations: Annotations, found: Sequence[dict[str, torch.Tensor]], path: Path) -> None:
-    """A dozen test images, evenly over the list, with their detections against the ground truth."""
+def draw_sheet(annotations: Annotations, found: Sequence[dict[str, torch.Tensor]], path: Path,
+               value_range: ValueRange | None) -> None:
+    """A dozen test images, evenly over the list, with their detections against the ground truth. value_range: as of
+    `common.images.decode`."""
     count, shown = len(annotations.records), pictures.SHEET_IMAGES
     chosen = sorted({round(k * (count - 1) / (shown - 1)) for k in range(shown)})
-    rows = [(read_image(annotations.records[index]), annotations.records[index], found[index]) for index in chosen]
+    rows = [(read_image(record, value_range), record, found[index]) for index, record in
+            ((index, annotations.records[index]) for index in chosen)]
     pictures.draw_sheet(rows, annotations.classes, path)
 
 

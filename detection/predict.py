@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from common.files import atomic_path, write_json
-from common.images import find_images, unreadable
+from common.images import find_images, low_and_high, range_to_predict_with, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
 from common.text import counted
@@ -47,7 +47,7 @@ def predict(network: Detector, files: Iterable[Path], preprocessing: dict[str, A
     them, of one image at a time, for the padding of a batch would be part of its group norms."""
     for file in files:
         try:
-            image = decode_rgb(file)
+            image = decode_rgb(file, preprocessing.get("value_range"))
         except Exception as error:  # a damaged file can make a decoder raise anything
             yield file, None, None, unreadable(error) if os.path.isfile(file) else "no such image"
             continue
@@ -107,6 +107,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "an image: class, score and box (x1, y1, x2, y2, in pixels)")
     add("--least-score", type=float, default=0.3, help="of what is counted and drawn, 0 to 1 (default: 0.3)")
     add("--suppression", default="nms", choices=tuple(SUPPRESSIONS), help="how overlapping boxes are thinned out")
+    add("--value-range", type=low_and_high, metavar="LOW,HIGH", help="of images of more than 8 bits, the values that "
+        "become black and white (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", default="auto", help="fp32, bf16 or auto")
     args = parser.parse_args(argv)
@@ -123,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, description = load_detector(args.weights)
     network, classes = inference_network(network, device), description["classes"]
     files, rows = find_images(args.images), []
-    pictures = picture_paths(files, args.output)
-    for file, image, detections, reason in predict(network, files, description["preprocessing"], device, precision,
-                                              args.suppression):
+    pictures, preprocessing = picture_paths(files, args.output), dict(description["preprocessing"])
+    preprocessing["value_range"] = range_to_predict_with(files, args.value_range, preprocessing.get("value_range"))
+    for file, image, detections, reason in predict(network, files, preprocessing, device, precision, args.suppression):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})

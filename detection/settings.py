@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
+from common.images import low_and_high
 from common.runtime import UserError
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.network.backbone import DEPTHS
@@ -64,6 +65,9 @@ class Settings:
     short: tuple = setting((800, 800), "images are resized to this short side, in pixels, or in training to one drawn "
                                        "from LOW,HIGH; tests are at the larger", type=sides)
     long: int = setting(1333, "... unless their long side would exceed this")
+    value_range: tuple = setting(None, "of images of more than 8 bits, the pixel values LOW,HIGH that become black and "
+                                       "white (default: the lowest and the highest of the training images)",
+                                 type=low_and_high)
     suppression: str = setting("nms", "how a test thins out overlapping boxes", choices=tuple(SUPPRESSIONS))
     metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); or of VOC since 2010 (area under the curve)",
                           choices=METRICS)
@@ -141,6 +145,6 @@ def check_ranges(settings: Settings) -> None:
 def identity_of_run(stage: str, settings: Settings, precision: str, data: str, **more: Any) -> dict[str, Any]:
     """The plain values that identify a run: two runs with equal ones compute the same on the same device.
 
-    precision: resolved, `fp32` or `bf16`. data: the fingerprint of the annotations to train on. more: the digest of
-    the teacher's file."""
+    precision: resolved, `fp32` or `bf16`. data: the fingerprint of the annotations to train on. more: the value range
+    that was found, the digest of the teacher's file."""
     return run_identity(stage, settings, NOT_PART_OF_A_RUN, precision=precision, data=data, **more)

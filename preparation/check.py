@@ -4,13 +4,14 @@ Errors would make training or its results wrong (exit status 1); notes are worth
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from common.files import list_lines
-from common.images import decode_grey, unreadable
+from common.images import decode_grey, unreadable, value_range_of
 from common.runtime import UserError
 from common.text import print_findings
 from common.workers import in_processes
@@ -40,7 +41,7 @@ def check_dataset(root: str | Path, processes: int | None = None) -> int:
     contents, image_errors = read_contents(info, lists, processes)
     duplicate_errors, duplicate_notes = duplicate_findings(lists, contents)
     errors += count_errors + image_errors + duplicate_errors
-    notes += count_notes + duplicate_notes
+    notes += count_notes + duplicate_notes + range_notes(info, contents, processes)
     return print_findings(errors, notes)
 
 
@@ -94,6 +95,15 @@ def count_findings(info: DatasetInfo, counts: dict[str, np.ndarray]) -> Findings
     return errors, notes
 
 
+def range_notes(info: DatasetInfo, paths: Iterable[str], processes: int | None) -> list[str]:
+    """A sentence on images of more than 8 bits in a data set without a value range, as they were made before."""
+    found = None if info.value_range else value_range_of([info.images / path for path in paths], processes=processes)
+    if found is None:
+        return []
+    return [f"images of more than 8 bits have the values {found[0]} to {found[1]}; dataset.json has no value_range, "
+            "so that 0 to 65535 become 0 to 255: make the data set anew to scale by their own range"]
+
+
 # ---- content ---------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +115,7 @@ def read_contents(info: DatasetInfo, lists: dict[str, list[Sample]],
         for sample in samples:
             where.setdefault(sample.path, sample.where)
     paths, contents, errors = list(where), {}, []
-    jobs = [(info.images, paths[start:start + 64]) for start in range(0, len(paths), 64)]
+    jobs = [(info.images, paths[start:start + 64], info.value_range) for start in range(0, len(paths), 64)]
     with tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar:
         for results in in_processes(_digest_images, jobs, processes):
             for path, digest, reason in results:
@@ -119,7 +129,7 @@ def read_contents(info: DatasetInfo, lists: dict[str, list[Sample]],
 
 def _digest_images(job):
     """[(path, digest or None, error or None)] for one chunk of images."""
-    images, paths = job
+    images, paths, value_range = job
     root, results = os.path.realpath(images), []
     for path in paths:
         file = os.path.realpath(os.path.join(root, path))
@@ -128,13 +138,13 @@ def _digest_images(job):
         elif os.path.commonpath([file, root]) != root:
             results.append((path, None, f"is a link out of the image folder {images}"))
         else:
-            results.append((path, *_digest(file)))
+            results.append((path, *_digest(file, value_range)))
     return results
 
 
-def _digest(file):
+def _digest(file, value_range):
     try:
-        pixels = np.asarray(decode_grey(file))
+        pixels = np.asarray(decode_grey(file, value_range))
     # A damaged file can make a decoder raise any exception.
     except Exception as error:
         return None, unreadable(error)

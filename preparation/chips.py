@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.coco import corners_of, is_crowd, read_coco_file
 from common.dota import find_dota_files, horizontal_box, read_label_file
-from common.images import decode_grey, existing_folders, image_size, large_images, unreadable
+from common.images import ValueRange, decode_grey, existing_folders, image_size, unreadable
 from common.runtime import UserError
 from common.workers import in_processes
 from preparation.sources import Source, read_released
@@ -196,15 +196,18 @@ def _locate(entry, places, path):
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def cut_chips(chips: list[tuple[str, Chip]], folder: Path, processes: int | None) -> None:
-    """Write grey PNGs. chips: [(relative path in `folder`, Chip)]. Raises UserError naming the image or chip."""
+def cut_chips(chips: list[tuple[str, Chip]], folder: Path, processes: int | None,
+              value_range: ValueRange | None) -> None:
+    """Write grey PNGs. chips: [(relative path in `folder`, Chip)]. value_range: as of `common.images.decode`. Raises
+    UserError naming the image or chip."""
     chips_of = {}
     for path, chip in chips:
         chips_of.setdefault(chip.image, []).append((os.path.join(folder, path), chip.box))
     for place in {os.path.dirname(target) for cuts in chips_of.values() for target, _ in cuts}:
         os.makedirs(place, exist_ok=True)
     with tqdm(total=len(chips), desc="cutting chips", unit="chip", disable=None) as bar:
-        for reason, count in in_processes(_cut_image, list(chips_of.items()), processes):
+        jobs = [(path, cuts, value_range) for path, cuts in chips_of.items()]
+        for reason, count in in_processes(_cut_image, jobs, processes):
             if reason:
                 raise UserError(reason)
             bar.update(count)
@@ -212,12 +215,12 @@ def cut_chips(chips: list[tuple[str, Chip]], folder: Path, processes: int | None
 
 def _cut_image(job):
     """Cut all chips of one image. Returns (None, their number), or (error, 0)."""
-    path, cuts = job
-    with large_images():
-        try:
-            grey = decode_grey(path)
-        except Exception as error:
-            return f"{path}: {unreadable(error)}", 0
+    path, cuts, value_range = job
+    try:
+        grey = decode_grey(path, value_range)
+    # A damaged file can make a decoder raise any exception.
+    except Exception as error:
+        return f"{path}: {unreadable(error)}", 0
     for target, box in cuts:
         try:
             grey.crop(box).save(target)

@@ -178,6 +178,10 @@ def test_only(stage: Stage, settings: Settings, given: Collection[str], device: 
             settings = dataclasses.replace(settings, image_size=description["preprocessing"]["image_size"])
     settings = dataclasses.replace(settings, select=select)
     lists = read_lists(stage, settings, training=False)
+    if description:
+        value_range = description["preprocessing"].get("value_range")
+        lists = dataclasses.replace(lists, info=dataclasses.replace(
+            lists.info, value_range=value_range and tuple(value_range)))
     images = load_test_images(lists, settings)
     say(f"testing {weights} on {info.name}: {len(images)} images at {settings.image_size}x{settings.image_size}")
     test_set = TestSet(lists.info, lists.classes, images, [sample.label for sample in lists.train])

@@ -16,6 +16,7 @@ from common.files import atomic_path, sha256_of
 from common.image_cache import build_once
 from common.runtime import UserError, autocast, max_over_processes, rank, say
 from dataset import network_input
+from recognition.stage import cache_folder
 
 FORMAT = 1  # part of the cache's key: raise it when teachers or the layout of the file change
 CHUNK = 16  # images of a forward pass through the teachers
@@ -53,7 +54,7 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     names, first = compute([0])
     shape = (len(data.train), *first.shape[1:])
     needed = dtype.itemsize * math.prod(shape)
-    folder = data.info.root / "cache"
+    folder = cache_folder(data.info, settings)
     file = folder / f"features_{stage.name}_{cache_key(data, weights, dtype, settings)}.npy"
     older = sum(other.stat().st_size for other in folder.glob(f"features_{stage.name}_*.npy"))  # to be replaced
     room = min(settings.feature_cache * 1e9, shutil.disk_usage(folder).free + older)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.images import ValueRange
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device
 from common.weights import fold_batch_norm
@@ -52,12 +53,14 @@ class Predictions(NamedTuple):
 
 class Classifier(NamedTuple):
     """A loaded file. logits_of: a function as of `logits_function`. classes: names in id order. image_size: side of its
-    square images, in pixels. batch_size: the number of images to pass to it together."""
+    square images, in pixels. batch_size: the number of images to pass to it together. value_range: of images of more
+    than 8 bits, see `common.images.decode`."""
 
     logits_of: LogitsFunction
     classes: list[str]
     image_size: int
     batch_size: int
+    value_range: ValueRange | None = None
 
 
 def open_classifier(weights: str | Path, data_root: str | None = None, image_size: int | None = None,
@@ -72,7 +75,8 @@ def open_classifier(weights: str | Path, data_root: str | None = None, image_siz
     precision = resolve_precision(precision, device)
     network, description = load_classifier(weights, data_root, image_size)
     return Classifier(logits_function(network, device, precision), description["classes"],
-                      description["preprocessing"]["image_size"], batch_size(device))
+                      description["preprocessing"]["image_size"], batch_size(device),
+                      description["preprocessing"].get("value_range"))
 
 
 def _open_exported(path: str | Path, data_root: str | None, image_size: int | None, device: str,
@@ -86,7 +90,8 @@ def _open_exported(path: str | Path, data_root: str | None, image_size: int | No
     if image_size not in (None, size):
         raise UserError(f"{path}: was exported for images of {size} pixels, not {image_size}")
     check_class_names(description, len(classes), data_root, path)
-    return Classifier(logits_of, classes, size, batch_size(torch.device("cpu")))
+    return Classifier(logits_of, classes, size, batch_size(torch.device("cpu")),
+                      description["preprocessing"].get("value_range"))
 
 
 def load_classifier(weights: str | Path, data_root: str | None = None,

@@ -63,6 +63,8 @@ class Settings:
                              choices=("auto", "fp32", "bf16"))
     feature_cache: float = setting(0.0, "GB of disk for the teachers' features of all training images, so that the "
                                         "teachers run once instead of at every step; 0 for none", type=float)
+    cache_dir: str = setting("", "folder of the cache of decoded images, for a data folder that cannot be written "
+                                 "(default: 'cache' in --data-root)")
     compile: bool = setting(False, "compile the network: the first step takes a minute, the others are faster")
     save_steps: int = setting(0, "also write last.pt after every N steps, not only after every epoch; 0 for never")
     tensorboard: bool = setting(False, "also write TensorBoard events (needs the package tensorboard)")
@@ -74,8 +76,8 @@ class Settings:
 
 
 # Settings that may differ within a run.
-NOT_PART_OF_A_RUN = ("data_root", "output", "device", "save_steps", "tensorboard", "resume", "test_only", "weights",
-                     "expect_accuracy")
+NOT_PART_OF_A_RUN = ("data_root", "output", "device", "cache_dir", "save_steps", "tensorboard", "resume", "test_only",
+                     "weights", "expect_accuracy")
 
 
 def unused_settings(stage) -> set[str]:

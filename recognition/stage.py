@@ -10,7 +10,17 @@ import torch
 from ClassAwareSampler import ClassAwareBatchSampler
 from common.image_cache import ImageCache
 from common.runtime import UserError, autocast, say
-from dataset import GROUPS, DatasetInfo, ImageDataset, Sample, class_counts, network_input, read_info, read_split
+from dataset import (
+    GROUPS,
+    DatasetInfo,
+    ImageDataset,
+    Sample,
+    check_distinct,
+    class_counts,
+    network_input,
+    read_info,
+    read_split,
+)
 from recognition.distillation import freeze, recalibrate
 from resnet50 import load_network
 
@@ -70,7 +80,7 @@ def read_lists(stage, settings, training: bool = True) -> Lists:
     """Read and check the lists of a stage's data set. A test alone (training=False) needs no train.txt.
 
     Raises UserError for lists that would make training wrong: a group without classes, a class without training images,
-    fewer images than a batch, nothing to choose the best epoch on."""
+    an image in two lists or with two labels, fewer images than a batch, nothing to choose the best epoch on."""
     info = read_info(settings.data_root)
     path = info.root / "dataset.json"
     for group in GROUPS if len(stage.teachers) == len(GROUPS) else [stage.group]:
@@ -83,6 +93,8 @@ def read_lists(stage, settings, training: bool = True) -> Lists:
     if training and settings.select != "test" and not val:
         raise UserError(f"{info.root / 'val.txt'}: no held-out part to choose the best epoch on; make the data set "
                         "with --val-fraction, or give --select test (the authors' protocol)")
+    if training:
+        check_distinct(info, {"train": train, "val": val, "test": test})
     if settings.select == "test":
         lists = Lists(info, classes, train=train + val, select=test, test=test)
     else:
@@ -90,7 +102,8 @@ def read_lists(stage, settings, training: bool = True) -> Lists:
     if training:
         check_trainable(stage, settings, lists)
     if not of_classes(test, classes):
-        raise UserError(f"{info.root / 'test.txt'}: no image of the classes of stage {stage.name}")
+        raise UserError(f"{info.root / 'test.txt'}: no image of the classes of stage {stage.name}; add some, or make "
+                        "the data set with other --head-min and --tail-max")
     return lists
 
 
@@ -107,7 +120,9 @@ def check_trainable(stage, settings, lists):
         raise UserError(f"{path}: stage {stage.name} has {len(train)} training images, fewer than a batch of "
                         f"{settings.batch_size}; give a smaller --batch-size")
     if not of_classes(lists.select, lists.classes):
-        raise UserError(f"{info.root}: no image of the classes of {stage.name} to choose the best epoch on")
+        remedy = "add some" if settings.select == "test" else "give --select test, or make the data set of more images"
+        raise UserError(f"{info.root}: no image of the classes of stage {stage.name} to choose the best epoch on (of a "
+                        f"class with one training image none is held out); {remedy}")
 
 
 def of_classes(samples: Sequence[Sample], classes: Sequence[int]) -> list[Sample]:
@@ -116,10 +131,16 @@ def of_classes(samples: Sequence[Sample], classes: Sequence[int]) -> list[Sample
     return [sample for sample in samples if sample.label in classes]
 
 
+def cache_folder(info: DatasetInfo, settings) -> Path:
+    """The folder of a data set's caches: `cache` in its own, or one of its name in --cache-dir."""
+    return Path(settings.cache_dir) / info.root.resolve().name if settings.cache_dir else info.root / "cache"
+
+
 def load_data(lists: Lists, settings) -> Data:
     """The images of the stage's classes, in a cache of every image of the lists, which all stages share."""
     info, everything = lists.info, [*lists.train, *lists.select, *lists.test]
-    cache = ImageCache(info.images, everything, settings.image_size, info.root / "cache")
+    cache = ImageCache(info.images, everything, settings.image_size, cache_folder(info, settings),
+                       value_range=info.value_range)
     train, select, test = (ImageDataset(cache, of_classes(samples, lists.classes))
                            for samples in (lists.train, lists.select, lists.test))
     return Data(info, lists.classes, train=train, select=select, test=test)
@@ -128,7 +149,8 @@ def load_data(lists: Lists, settings) -> Data:
 def load_test_images(lists: Lists, settings) -> ImageDataset:
     """The test images of the stage's classes, in a cache of their own: a test needs no training image."""
     info = lists.info
-    cache = ImageCache(info.images, lists.test, settings.image_size, info.root / "cache", name="test")
+    cache = ImageCache(info.images, lists.test, settings.image_size, cache_folder(info, settings), name="test",
+                       value_range=info.value_range)
     return ImageDataset(cache, of_classes(lists.test, lists.classes))
 
 
@@ -189,8 +211,18 @@ def load_teacher(name, path, settings, info):
         if size != settings.image_size:
             raise UserError(f"{path}: was trained at {size} pixels; this run is at {settings.image_size}; give "
                             f"--image-size {size}")
+        check_value_range(description, info, path)
     say(f"teacher {name}: {path}" + (f", epoch {description['epoch']}" if description else ""))
     return teacher
+
+
+def check_value_range(description, info, path):
+    """Raise UserError where a checkpoint was trained on images scaled to 8 bits by another value range."""
+    trained, expected = (value_range and list(value_range) for value_range in (
+        description["preprocessing"].get("value_range"), info.value_range))
+    if trained != expected:
+        raise UserError(f"{path}: was trained with the value range {trained}, that of {info.root / 'dataset.json'} is "
+                        f"{expected}; train the teachers anew")
 
 
 def load_teachers(weights, settings, info):

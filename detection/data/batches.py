@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.images import unreadable
+from common.images import ValueRange, unreadable
 from common.runtime import UserError
 from detection.data.records import Annotations, Record
 from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size
@@ -52,10 +52,11 @@ class Batch(NamedTuple):
 
 
 class DetectionDataset(Dataset):
-    """The images of some `annotations.Annotations`, each as a Draw asks for it."""
+    """The images of some `annotations.Annotations`, each as a Draw asks for it. value_range: as of
+    `common.images.decode`."""
 
-    def __init__(self, annotations: Annotations):
-        self.annotations = annotations
+    def __init__(self, annotations: Annotations, value_range: ValueRange | None = None):
+        self.annotations, self.value_range = annotations, value_range
 
     def __len__(self) -> int:
         return len(self.annotations.records)
@@ -65,7 +66,7 @@ class DetectionDataset(Dataset):
         annotation says."""
         record = self.annotations.records[draw.index]
         size = target_size(record.height, record.width, draw.short, draw.long)
-        image, boxes = resize(read_image(record), torch.tensor(record.boxes), size)
+        image, boxes = resize(read_image(record, self.value_range), torch.tensor(record.boxes), size)
         if draw.flip:
             image, boxes = flip(image, boxes)
         return Sample(image, boxes, torch.tensor(record.labels), draw.index,
@@ -80,10 +81,10 @@ class DetectionDataset(Dataset):
             return error
 
 
-def read_image(record: Record) -> torch.Tensor:
+def read_image(record: Record, value_range: ValueRange | None = None) -> torch.Tensor:
     """The image of an `annotations.Record`, (3, height, width) uint8. Raises UserError as DetectionDataset does."""
     try:
-        image = decode_rgb(record.path)
+        image = decode_rgb(record.path, value_range)
     # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
     except Exception as error:
         raise UserError(f"{record.path}: {unreadable(error)}") from None

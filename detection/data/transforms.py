@@ -9,17 +9,18 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvF
 
-from common.images import decode
+from common.images import ValueRange, decode
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of R, G, B in 0..255
 PAD_MULTIPLE = 32  # sides of a batch are multiples of it, so that the strides to 32 divide them
 
 
-def decode_rgb(path: str | Path) -> tv_tensors.Image:
-    """Read an image file as a (3, H, W) uint8 tv_tensors.Image, as `image_cache.decode` does; transparency is dropped.
+def decode_rgb(path: str | Path, value_range: ValueRange | None = None) -> tv_tensors.Image:
+    """Read an image file as a (3, H, W) uint8 tv_tensors.Image, as `common.images.decode` does; transparency is
+    dropped.
 
     An EXIF orientation is NOT applied: annotations count the pixels as they are stored."""
-    return tvF.to_image(decode(path).convert("RGB"))
+    return tvF.to_image(decode(path, value_range).convert("RGB"))
 
 
 def target_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 from common.coco import is_name, is_number
 from common.files import list_lines
-from common.images import IMAGE_SUFFIXES, existing_folders
+from common.images import existing_folders, image_suffixes
 from common.runtime import UserError
 from detection.data.records import Annotations, Findings, Record, clip, noting, record_of
 
@@ -40,7 +40,7 @@ def _voc_record(xml: Path, folder: Path, image_id: str, label_of: dict[str, int]
     size = tuple(_voc_number(root, f"size/{side}", xml) for side in ("width", "height"))
     if not all(side > 0 and side.is_integer() for side in size):
         raise UserError(f"{xml}: <size> is {size[0]:g} x {size[1]:g}; expected whole numbers above 0")
-    named = [(root.findtext("filename") or "").strip(), *(image_id + suffix for suffix in IMAGE_SUFFIXES)]
+    named = [(root.findtext("filename") or "").strip(), *(image_id + suffix for suffix in image_suffixes())]
     image = next((folder / name for name in named if os.path.isfile(folder / name)), None)
     if image is None:
         raise UserError(f"{xml}: no such image: {folder / image_id}.jpg; give the folder of the images, if they are "

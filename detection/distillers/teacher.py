@@ -41,6 +41,8 @@ def check_pair(student: dict[str, Any], teacher: dict[str, Any], shared: Sequenc
     pairs += [(f"the name of class {number}", *names)
               for number, names in enumerate(zip(student["classes"], teacher["classes"], strict=False))]
     pairs += [(name, student["model"][name], teacher["model"][name]) for name in shared]
+    ranges = (description.get("preprocessing", {}).get("value_range") for description in (student, teacher))
+    pairs.append(("the value range", *ranges))
     for what, of_student, of_teacher in pairs:
         if of_student != of_teacher:
             raise UserError(f"teacher and student differ in {what}: {of_teacher!r} in the teacher, {of_student!r} in "

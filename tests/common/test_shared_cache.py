@@ -24,9 +24,9 @@ from dataset import read_info, read_split
 root, folder, name, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 decode, build = image_cache.decode_square, image_cache._build_cache
 
-def slow_decode(path, size):
+def slow_decode(*arguments):
     time.sleep(seconds)
-    return decode(path, size)
+    return decode(*arguments)
 
 def noted_build(*arguments):
     (folder / f"{name}.built").touch()

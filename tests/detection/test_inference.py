@@ -234,7 +234,8 @@ def test_a_checkpoint_that_names_no_head_has_that_of_gfl(network, tmp_path):
     {"model__head": "rcnn"}, {"model__head": ["gfl"]},
     {"preprocessing__short": 0}, {"preprocessing__long": None}, {"preprocessing__long": 10**9},
     {"model__anchor_scale": torch.ones(2)}, {"model__strides": [torch.ones(2)] * 5}, {"model__strides": None},
-    {"preprocessing__mean": torch.ones(3)}])
+    {"preprocessing__mean": torch.ones(3)}, {"preprocessing__value_range": [2047, 0]},
+    {"preprocessing__value_range": (0, 2047)}, {"preprocessing__value_range": torch.tensor([0, 2047])}])
 def test_a_description_that_is_none_is_refused(tmp_path, changes):
     said = description(**changes)
     assert not is_description(said) and is_description(description())

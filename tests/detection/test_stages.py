@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.runtime import UserError
 from demo.draw_scenes import write_demo
@@ -92,6 +94,37 @@ def test_checkpoints_say_what_they_are_and_hold_no_teacher(runs):
     assert final["description"]["classes"] == ["plane", "ship", "storage_tank"]
     assert final["description"]["model"]["reg_max"] == 16 and final["description"]["preprocessing"]["short"] == 64
     assert set(final["model"]) == set(Detector(3, Architecture(18, 64, 1)).state_dict())
+
+
+def write_grey_scenes(folder, pixels_of):
+    """Tiny grey scenes as PNG files. pixels_of: function from 8-bit grey pixels to those to be written."""
+    write_demo(folder, seed=0, train=4, test=2, size=64)
+    for path in (folder / "images").iterdir():
+        with Image.open(path) as image:
+            grey = np.array(image.convert("L"))
+        grey[0, :2] = 0, 255
+        Image.fromarray(pixels_of(grey)).save(path.with_suffix(".png"))
+    for name in ("train.json", "test.json"):
+        (folder / name).write_text((folder / name).read_text().replace(".jpg", ".png"))
+
+
+def test_eleven_bits_train_as_eight(tmp_path, capsys):
+    """The same scenes in 8 bits, and in 16 bits with values to 255 * 8: bit for bit the same weights."""
+    write_grey_scenes(tmp_path / "eight", lambda grey: grey)
+    write_grey_scenes(tmp_path / "eleven", lambda grey: grey.astype(np.uint16) * 8)
+    runs = {}
+    for name in ("eight", "eleven"):
+        flags = ("--train", tmp_path / name / "train.json", "--test", tmp_path / name / "test.json")
+        flags = (*flags, *QUICK_DETECTOR, "--epochs", "1", "--output", tmp_path / "run" / name)
+        assert run_detector(train_gfl, *flags) == 0
+        runs[name] = torch.load(tmp_path / "run" / name / "final.pt", weights_only=True)
+    eight, eleven = runs.values()
+    assert all(torch.equal(value, eleven["model"][name]) for name, value in eight["model"].items())
+    preprocessing = eight["description"]["preprocessing"]
+    assert eleven["description"]["preprocessing"] == {**preprocessing, "value_range": [0, 2040]} != preprocessing
+    assert "the values 0 to 2040 become 0 to 255 (--value-range)" in capsys.readouterr().out
+    assert run_detector(train_gfl, *flags, "--resume", "--value-range", "0,4095") == 2
+    assert "holds a run with value-range [0, 2040], not [0, 4095]" in capsys.readouterr().err
 
 
 def test_a_student_starts_alike_with_a_teacher_and_without(runs, flags, tmp_path):

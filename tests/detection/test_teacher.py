@@ -14,6 +14,13 @@ def description(**changes):
     return {"classes": classes, "model": {**model, **changes}}
 
 
+def test_a_teacher_of_another_value_range_does_not_fit():
+    student, teacher = ({**description(), "preprocessing": {"value_range": [0, high]}} for high in (2047, 4095))
+    check_pair(student, student)
+    with pytest.raises(UserError, match=r"the value range: \[0, 4095\] in the teacher, \[0, 2047\] in the student"):
+        check_pair(student, teacher)
+
+
 def test_equal_descriptions_fit():
     check_pair(description(), description())
     check_pair(description(), description(), FEATURES)

@@ -81,6 +81,25 @@ def test_boxes_are_those_of_the_detector_in_pixels_of_the_file(weights, tmp_path
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 80 and 80 < boxes[:, 3].max() <= 100
 
 
+def test_images_of_more_bits_are_scaled_as_in_training(weights, tmp_path, capsys):
+    content = torch.load(weights, weights_only=True)
+    content["description"]["preprocessing"] = describe_preprocessing(SHORT, LONG, (0, 2040))
+    torch.save(content, tmp_path / "deep.pt")
+    with Image.open(draw(tmp_path / "8bits.png")) as image:
+        grey = image.convert("L")
+    grey.save(tmp_path / "8bits.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 8).save(tmp_path / "11bits.png")  # 255 becomes 2040
+    found = {}
+    for checkpoint, name in ((weights, "8bits.png"), (tmp_path / "deep.pt", "11bits.png"), (weights, "11bits.png")):
+        capsys.readouterr()
+        assert run(predict, "--weights", checkpoint, tmp_path / name, "--json", tmp_path / "a.json", "--output",
+                   tmp_path / "out", *CPU, "--precision", "fp32") == 0
+        found[checkpoint, name] = json.loads((tmp_path / "a.json").read_text())[0]["detections"]
+    eight, eleven, dark = found.values()
+    assert eight == eleven != dark and len(eight) > 3
+    assert "and the weights name no range" in capsys.readouterr().err
+
+
 def test_the_picture_has_the_boxes_and_the_line_the_numbers(weights, tmp_path, capsys):
     path = draw(tmp_path / "a.png")
     flags = ("--weights", weights, path, "--json", tmp_path / "a.json", *CPU)

@@ -40,7 +40,22 @@ def drop_class(root, split, label):
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.endswith(f" {label}\n")))
 
 
+def add_line(path, line):
+    path.write_text(f"{path.read_text()}{line}\n")
+
+
+def link(root, name, target):
+    os.link(root / "images" / target, root / "images" / name)
+    add_line(root / "train.txt", f"{name} 0")
+
+
 DAMAGE = [
+    (lambda root: add_line(root / "train.txt", "test_0_1.png 0"),
+     r"test\.txt:2: image test_0_1\.png is also at .*train\.txt:53; expected an image in one list alone"),
+    (lambda root: add_line(root / "train.txt", "./val_1_0.png 1"), r"val\.txt:3: .*val_1_0\.png is also at .*train"),
+    (lambda root: link(root, "copy.png", "test_0_1.png"), r"test\.txt:2: image test_0_1\.png is also at .*train"),
+    (lambda root: add_line(root / "train.txt", ".//train_0_0.png 1"),
+     r"train\.txt:53: image \.//train_0_0\.png has the label 1 here and 0 at .*train\.txt:1; remove one"),
     (lambda root: replace_line(root / "train.txt", 3, "train_0_2.png"), r"train\.txt:3: expected 'relative/path "),
     (lambda root: replace_line(root / "train.txt", 4, "a.png 6"), r"train\.txt:4: label 6 is out of range; .* 0\.\.5"),
     (lambda root: replace_line(root / "test.txt", 2, "../a.png 1"), r"test\.txt:2: path '\.\./a\.png' leaves the "),
@@ -169,6 +184,8 @@ def test_a_wrong_checkpoint_cannot_teach(tiny, tmp_path, capsys, kind):
     ({"stage": "student"}, "is a checkpoint of stage student; expected one of t1, or a baseline"),
     ({"groups": {"head": [0], "middle": [1, 2, 3], "tail": [4, 5]}}, "with other head, middle and tail classes"),
     ({"preprocessing": {"image_size": 224}}, "was trained at 224 pixels; this run is at 32; give --image-size 224"),
+    ({"preprocessing": {"image_size": 32, "value_range": [0, 2047]}},
+     r"was trained with the value range \[0, 2047\], that of .*dataset\.json is None; train the teachers anew"),
 ])
 def test_a_teacher_of_another_run_cannot_teach(tiny, tmp_path, capsys, change, complaint):
     save_described(tmp_path / "t1.pt", **change)

@@ -1,5 +1,6 @@
 """Lists, decoding, the cache and batches."""
 
+import dataclasses
 import json
 import os
 import time
@@ -9,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+import baseline_resnet50
 from common import image_cache, workers
 from common.image_cache import ImageCache
 from common.images import decode_grey, decode_square
 from common.runtime import UserError
 from dataset import ImageDataset, network_input, parse_line, read_info, read_split
+from recognition.settings import parse_settings
+from recognition.stage import load_data, read_lists
 from tests.support import draw_tiny
 
 
@@ -195,6 +199,17 @@ def test_an_image_bomb_is_refused(own_tiny, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="refused: more than 1,000 pixels"):
         cache_of(own_tiny, processes=1)
+
+
+def test_a_folder_that_cannot_be_written_has_its_cache_elsewhere(own_tiny, tmp_path, monkeypatch):
+    flags = ["--data-root", str(own_tiny), "--image-size", "32", "--cache-dir", str(tmp_path / "caches")]
+    settings, _ = parse_settings(baseline_resnet50.STAGE, baseline_resnet50.SETTINGS, "", flags)
+    (own_tiny / "cache").write_text("a file in the place of the folder")
+    data = load_data(read_lists(baseline_resnet50.STAGE, settings), settings)
+    assert len(data.train.cache.array) == 88 and len(list((tmp_path / "caches" / "tiny").glob("*.npy"))) == 1
+    settings = dataclasses.replace(settings, cache_dir="")
+    with pytest.raises(UserError, match="cache cannot be written here .*; give another folder with --cache-dir"):
+        load_data(read_lists(baseline_resnet50.STAGE, settings), settings)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ import os
 import re
 import zipfile
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from PIL import Image
 from torch import nn
 
 import export
@@ -31,7 +33,7 @@ SUFFIXES = {"onnx": ".onnx", "program": ".pt2"}
 @pytest.fixture(scope="module")
 def images(tiny):
     """(N, 1, 32, 32) uint8: the first of the tiny images, as predict.py reads them."""
-    decoded = decode_squares((find_images([tiny / "images"])[:20], 32))
+    decoded = decode_squares((find_images([tiny / "images"])[:20], 32, None))
     return torch.stack([torch.from_numpy(image.copy()) for image, _ in decoded]).unsqueeze(1)
 
 
@@ -53,7 +55,8 @@ def trained(tmp_path_factory, images):
     network.eval().to(memory_format=torch.channels_last)
     description = {
         "stage": "student", "dataset": "tiny", "classes": ["a, b", "ä", "c", "d", "e", "f"], "groups": TINY_GROUPS,
-        "preprocessing": {"channels": 1, "image_size": 32, "resize": "bicubic", "mean": 0.5, "std": 0.5},
+        "preprocessing": {"channels": 1, "image_size": 32, "resize": "bicubic", "mean": 0.5, "std": 0.5,
+                          "value_range": [0, 2040]},
         "selected_on": "val", "epoch": 2, "accuracy": 0.5,
         "settings": {"stage": "student", "init": "/home/someone/best.pt", "t1": "/home/someone/t1.pt", "lr": 0.1}}
     folder = tmp_path_factory.mktemp("trained")
@@ -153,6 +156,21 @@ def test_predictions_of_all_forms_are_the_same(files, trained, tiny, tmp_path, c
             for our, their in zip(ours["predictions"], theirs["predictions"], strict=True):
                 assert our["class"] == their["class"]
                 assert our["probability"] == pytest.approx(their["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["best.pt", *SUFFIXES])
+def test_images_of_more_bits_are_scaled_as_in_training(files, trained, tiny, tmp_path, form):
+    rows, output = {}, tmp_path / "predictions.json"
+    with Image.open(tiny / "images" / "train_2_0.png") as image:
+        Image.fromarray(np.asarray(image).astype(np.uint16) * 8).save(tmp_path / "11bits.png")  # 255 becomes 2040
+    weights = trained[0] / form if form == "best.pt" else files[form][0]
+    for path, flags in ((tiny / "images" / "train_2_0.png", ()), (tmp_path / "11bits.png", ()),
+                        (tmp_path / "11bits.png", ("--value-range", "0,65535"))):
+        assert run(predict, "--weights", weights, path, "--json", output, "--device", "cpu", "--precision", "fp32",
+                   *flags) == 0
+        rows[path.name, flags] = json.loads(output.read_text())[0]["predictions"]
+    eight, eleven, dark = rows.values()
+    assert eight == eleven != dark
 
 
 def test_released_weights_are_exported_with_the_names_of_a_data_set(tiny, tmp_path):
