@@ -4,12 +4,13 @@ Every reader returns a `Source`. Images are not copied; each is named by its rea
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.images import IMAGE_SUFFIXES, existing_folders, image_files
+from common.images import existing_folders, image_files, images_below
 from common.runtime import UserError
 from dataset import GROUPS, read_list
 from recognition.published import FGSC23
@@ -36,7 +37,26 @@ def subfolders(folder: str | Path) -> list[Path]:
 
 
 def _images_of_class(folder: Path, label: int) -> list[tuple[str, int]]:
-    return [(os.path.realpath(folder / name), label) for name in image_files(folder)]
+    """[(path, label)] of the images in a class folder and its subfolders."""
+    return [(os.path.realpath(image), label) for image in images_below(folder)[0]]
+
+
+def _unusual_files(class_folders: Iterable[Path]) -> list[str]:
+    """One sentence on images in subfolders of class folders, and one on files that are no images."""
+    nested, others = [], []
+    for folder in class_folders:
+        images, no_images = images_below(folder)
+        nested += [image for image in images if image.parent != folder]
+        others += no_images
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in others).most_common()
+    notes = []
+    if nested:
+        notes.append(f"images in subfolders of class folders are images of the class: {len(nested)}, the first "
+                     f"{nested[0]}")
+    if others:
+        notes.append(f"files left out, as Pillow reads no images of their suffix: {len(others)} "
+                     f"({', '.join(f'{suffix} {count}' for suffix, count in kinds)}), the first {others[0]}")
+    return notes
 
 
 # ---- released layout -------------------------------------------------------------------------------------------------
@@ -95,7 +115,7 @@ def read_fgsc23(sources: Sequence[str | Path]) -> Source:
     released = read_released(sources, FGSC23, "FG", "FGSC")
     if released:
         return released
-    parts = {}
+    parts, class_folders = {}, []
     for split in ("train", "test"):
         folders = [Path(source) / split for source in sources if (Path(source) / split).is_dir()]
         if not folders:
@@ -104,9 +124,10 @@ def read_fgsc23(sources: Sequence[str | Path]) -> Source:
         parts[split] = []
         for class_folder in sorted((path for folder in folders for path in subfolders(folder)), key=_class_id):
             parts[split] += _images_of_class(class_folder, _class_id(class_folder))
+            class_folders.append(class_folder)
         if not parts[split]:
             raise UserError(f"{folders[0]}: no images; expected folders 0 to 22, named by class id, with images")
-    return Source(FGSC23["classes"], parts["train"], parts["test"], FGSC23)
+    return Source(FGSC23["classes"], parts["train"], parts["test"], FGSC23, _unusual_files(class_folders))
 
 
 def _class_id(folder: Path) -> int:
@@ -146,14 +167,19 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
 def class_names(folders: list[str]) -> tuple[list[str], list[str]]:
     """Folder names -> (folder names in class order, class names).
 
-    Where every name begins with an id ("07_tug", "7-tug") and the ids are 0, 1, 2, ... or 1, 2, 3, ..., they order the
-    classes and are left out of their names, unless two names would then be equal. Other numbers ("737 MAX", "0-10 m")
-    are parts of the names."""
-    ordered = sorted(folders, key=natural_key)
-    numbered = [match for match in (re.fullmatch(r"(\d+)[-_. ]+(.*\D.*)", name) for name in ordered) if match]
+    Where every name is an id and a word ("07_tug", "7-tug") and the ids are 0, 1, 2, ... or 1, 2, 3, ..., they order
+    the classes and are left out of their names, unless two names would then be equal. Other numbers ("737 MAX",
+    "0-10 m", "2 lanes") are parts of the names. Spaces around a name are left out. Raises UserError where two folders
+    differ in such spaces alone."""
+    ordered = sorted(folders, key=lambda folder: natural_key(folder.strip()))
+    stripped = [folder.strip() for folder in ordered]
+    alike = [name for name, count in Counter(stripped).items() if count > 1]
+    if alike:
+        raise UserError(f"class folders that differ only in spaces around their name: {alike[0]!r}; rename one")
+    numbered = [match for match in (re.fullmatch(r"(\d+) ?[-_.]+ ?([^\W\d].*)", name) for name in stripped) if match]
     ids, names = [int(match[1]) for match in numbered], [match[2] for match in numbered]
     consecutive = ids and ids[0] in (0, 1) and ids == list(range(ids[0], ids[0] + len(ordered)))
-    return ordered, names if consecutive and len(set(names)) == len(names) else ordered
+    return ordered, names if consecutive and len(set(names)) == len(names) else stripped
 
 
 def read_folders(path: str | Path) -> Source:
@@ -171,22 +197,29 @@ def read_folders(path: str | Path) -> Source:
         notes.append("val/ is not used: the validation part is held out of train/ (see --val-fraction)")
     roots = [root / "train", root / "test"] if nested else [root]
     folders, classes = class_names([folder.name for folder in subfolders(roots[0])])
-    if classes != folders:
-        notes.append(f"the folders' ids are not parts of the class names: {folders[0]!r} is {classes[0]!r}, and so on")
+    renamed = [f"{folder!r} is {name!r}" for folder, name in zip(folders, classes, strict=True) if folder != name]
+    if renamed:
+        notes.append(f"ids and outer spaces of folders are not parts of the class names: {', '.join(renamed)}")
     if not folders:
         raise UserError(f"{root}: no class folders here; expected one folder of images a class")
+    if len(folders) == 1:
+        raise UserError(f"{roots[0]}: {folders[0]!r} is the only class folder here; expected two or more; if the "
+                        f"classes are folders in it, give {roots[0] / folders[0]}")
     for other in roots[1:]:
-        unmatched = {folder.name for folder in subfolders(other)} ^ set(folders)
+        unmatched = {folder.name for folder in subfolders(other)} - set(folders)
         if unmatched:
-            raise UserError(f"{root}: class folder {min(unmatched)} is in only one of train/ and test/; expected both")
+            raise UserError(f"{root}: class folder {min(unmatched)} is in test/ and not in train/; expected it in both")
     parts = []
     for part in roots:
         samples = []
         for label, name in enumerate(folders):
             images = _images_of_class(part / name, label)
+            if not images and part == roots[0]:
+                raise UserError(f"{part / name}: no images in this class folder; expected files that Pillow reads, "
+                                "known by their suffixes (.jpg, .png, .tif, ...)")
             if not images:
-                raise UserError(f"{part / name}: no images in this class folder; expected files ending in "
-                                f"{', '.join(IMAGE_SUFFIXES)}")
+                notes.append(f"class {classes[label]} has no test images: its accuracy will be unknown")
             samples += images
         parts.append(samples)
+    notes += _unusual_files(part / name for part in roots for name in folders)
     return Source(classes, parts[0], parts[1] if nested else None, notes=notes)

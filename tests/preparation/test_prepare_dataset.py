@@ -1,6 +1,7 @@
 """prepare_dataset.py as a user runs it: every kind of source on tiny drawn data, the long tail, the parts, the groups,
 the refusals, `check`; and the real aerial images where they are."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.image_cache import ImageCache
 from common.runtime import UserError
-from dataset import class_counts, read_info, read_split
+from dataset import class_counts, fingerprint, read_info, read_split
 from preparation.chips import MIN_EDGE
 from prepare_dataset import main
 from recognition.published import DOTA, FGSC23
@@ -117,11 +119,69 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(tmp_path, arguments,
     (["737 MAX", "2019 flood"], ["737 MAX", "2019 flood"]),
     (["1_ship", "2_ship", "3_tug"], ["1_ship", "2_ship", "3_tug"]),
     (["2_ship", "1_tug", "boat"], ["1_tug", "2_ship", "boat"]),
+    (["0-10 m", "1-20 m"], ["0-10 m", "1-20 m"]),
+    (["1 lane", "2 lanes"], ["1 lane", "2 lanes"]),
+    (["1. tug", "2 - cargo ship"], ["tug", "cargo ship"]),
+    (["tug ", " boat"], ["boat", "tug"]),
     (["10", "9", "0"], ["0", "9", "10"]),
 ])
 def test_folders_are_in_natural_order_and_lose_their_ids(tmp_path, folders, classes):
     prepare("folders", draw_folders(tmp_path / "s", {name: 2 + i for i, name in enumerate(folders)}), tmp_path / "d")
     assert read_info(tmp_path / "d").classes == classes
+
+
+def test_the_command_says_which_folder_is_which_class(tmp_path, capsys):
+    prepare("folders", draw_folders(tmp_path / "s", {"1_tug": 3, "2-ferry": 3}), tmp_path / "d")
+    assert "not parts of the class names: '1_tug' is 'tug', '2-ferry' is 'ferry'" in capsys.readouterr().out
+    source = draw_folders(tmp_path / "alike", {"tug": 3, "tug ": 3})
+    with pytest.raises(UserError, match="differ only in spaces around their name: 'tug'"):
+        prepare("folders", source, tmp_path / "d2")
+
+
+def test_images_in_subfolders_and_of_any_suffix_are_taken_and_the_rest_is_counted(tmp_path, capsys):
+    source = draw_folders(tmp_path / "source", {"a": 4, "b": 4})
+    draw(source / "a" / "2019" / "may" / "1.jpg", 90)
+    (source / "a" / "2019" / "may" / "1.jpg").rename(source / "a" / "2019" / "may" / "1.jfif")
+    draw(source / "b" / ".thumbnails" / "1.png", 91)
+    for name in ("a/list.txt", "b/notes.txt", "b/Thumbs.db"):
+        (source / name).write_text("")
+    prepare("folders", source, tmp_path / "d")
+    assert counts_of(tmp_path / "d", "train", "val", "test") == [5, 4]
+    printed = capsys.readouterr().out
+    assert "images in subfolders of class folders are images of the class: 1, the first " in printed
+    assert "files left out, as Pillow reads no images of their suffix: 3 (.txt 2, .db 1), the first " in printed
+
+
+def test_a_class_may_be_absent_from_the_test_part(tmp_path, capsys):
+    source = draw_folders(tmp_path / "source", {"train/a": 4, "train/b": 4, "train/c": 4, "test/a": 2})
+    (source / "test" / "b").mkdir()
+    prepare("folders", source, tmp_path / "d")
+    assert counts_of(tmp_path / "d", "test") == [2, 0, 0]
+    printed = capsys.readouterr().out
+    assert "class b has no test images" in printed and "class c has no test images" in printed
+
+
+def test_spaces_around_a_folder_are_found_again_and_tabs_are_refused(tmp_path):
+    source = draw_folders(tmp_path / "source", {" a": 10, "b ": 10, "c": 10})
+    prepare("folders", source, tmp_path / "d")
+    info = read_info(tmp_path / "d")
+    assert info.classes == ["a", "b", "c"]
+    assert all((info.images / sample.path).is_file() for sample in read_split(info, "train"))
+    prepare("check", tmp_path / "d")
+    (source / "c").rename(source / "c\td")
+    for destination in ("d2", "d\t3"):
+        with pytest.raises(UserError, match="unprintable"):
+            prepare("folders", source, tmp_path / destination)
+    (source / "c\td").rename(source / "c")
+    with pytest.raises(UserError, match="must hold no control characters"):
+        prepare("folders", source, tmp_path / "d\t3")
+    assert not (tmp_path / "d2").exists() and not (tmp_path / "d\t3").exists()
+
+
+def test_groups_that_cannot_be_trained_are_named_with_the_remedy(tmp_path, capsys):
+    prepare("folders", draw_folders(tmp_path / "s", {"a": 20, "b": 10, "c": 2}), tmp_path / "d")
+    assert "note: no image of group tail is held out to choose the best epoch on: train with --select test" in \
+        capsys.readouterr().out
 
 
 def test_folders_ignore_what_is_no_image_and_refuse_an_empty_class(tmp_path):
@@ -138,9 +198,9 @@ def test_folders_ignore_what_is_no_image_and_refuse_an_empty_class(tmp_path):
 
 @pytest.mark.parametrize("folders, words", [
     ({"train/a": 2, "train/b": 2}, "none in test/"),
-    ({"train/a": 2, "train/b": 2, "test/a": 1}, "class folder b is in only one"),
-    ({"train/a": 2, "test/a": 1, "test/z": 1}, "class folder z is in only one"),
+    ({"train/a": 2, "train/b": 2, "test/a": 1, "test/z": 1}, "class folder z is in test/ and not in train/"),
     ({}, "no class folders"),
+    ({"images/a": 2, "images/b": 2}, "'images' is the only class folder here; .* give .*source/images"),
     ({"a": 1, "b": 1}, "no test images"),
 ])
 def test_folders_that_do_not_fit_are_refused(tmp_path, folders, words):
@@ -168,6 +228,64 @@ def test_a_name_that_no_list_can_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match="unprintable"):
         prepare("folders", source, tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+# ---- images of more than 8 bits --------------------------------------------------------------------------------------
+
+
+def draw_11_bits(path, number, size=(12, 10)):
+    """Write a grey image of 16 bits whose values are 0 to 2047."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(number).integers(0, 2048, (size[1], size[0]), dtype=np.uint16)
+    values[0, :2] = 0, 2047
+    Image.fromarray(values).save(path)
+    return values
+
+
+def test_images_of_11_bits_are_cached_in_256_levels_and_their_range_is_kept(tmp_path, capsys):
+    values = {name: [draw_11_bits(tmp_path / "s" / name / f"{i}.png", 100 * (name == "b") + i) for i in range(20)]
+              for name in "ab"}
+    prepare("folders", tmp_path / "s", tmp_path / "d")
+    assert "note: of images of more than 8 bits the values 0 to 2047 become 0 to 255 (--value-range)" in \
+        capsys.readouterr().out
+    info = read_info(tmp_path / "d")
+    assert info.value_range == (0, 2047)
+    samples = read_split(info, "train")
+    caches = {limits: ImageCache(info.images, samples, 32, tmp_path / "cache", processes=1, value_range=limits)
+              for limits in (info.value_range, None)}
+    name, number = samples[0].path.split("/")
+    grey = Image.fromarray(np.rint(values[name][int(number[:-4])] / 2047 * 255).astype(np.uint8))
+    expected = np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    found = caches[info.value_range].array[caches[info.value_range].row_of[samples[0].path]]
+    assert np.abs(found - expected).max() <= 1
+    assert caches[None].key != caches[info.value_range].key and caches[None].array.max() < 12  # a folder made before
+    assert fingerprint(info, {}) != fingerprint(dataclasses.replace(info, value_range=None), {})
+    prepare("folders", tmp_path / "s", tmp_path / "given", "--value-range", "0,1023")
+    assert read_info(tmp_path / "given").value_range == (0, 1023)
+    prepare("folders", tmp_path / "s", tmp_path / "full", "--value-range", "0,65535")
+    assert "value_range" not in json.loads((tmp_path / "full" / "dataset.json").read_text())
+    prepare("check", tmp_path / "full")
+    assert "note: images of more than 8 bits have the values 0 to 2047; dataset.json has no value_range" in \
+        capsys.readouterr().out
+
+
+def test_chips_are_cut_with_the_range_of_all_scenes(tmp_path):
+    for split, number in (("train", 1), ("val", 2)):
+        draw_dota(tmp_path / split, [corners(0, 0, 10, 10)])
+        values = draw_11_bits(tmp_path / split / "images" / "P0001.png", number, (60, 40))
+    prepare("dota", tmp_path / "train", tmp_path / "val", tmp_path / "d")
+    with Image.open(tmp_path / "d" / "images" / "test" / "ship" / "P0001_0.png") as chip:
+        assert (np.asarray(chip) == np.rint(values[:11, :11] / 2047 * 255)).all()
+    assert read_info(tmp_path / "d").value_range == (0, 2047)
+
+
+def test_images_of_8_bits_have_no_range(tmp_path):
+    prepare("folders", draw_folders(tmp_path / "s", {"a": 5, "b": 5}), tmp_path / "d")
+    content = json.loads((tmp_path / "d" / "dataset.json").read_text())
+    assert "value_range" not in content and "value_range" not in content["made_by"]
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps({**content, "value_range": [5, 1]}))
+    with pytest.raises(UserError, match="'value_range' must be two whole numbers, the lower first"):
+        read_info(tmp_path / "d")
 
 
 # ---- FGSC-23 and the released layout ---------------------------------------------------------------------------------
@@ -341,14 +459,12 @@ def test_a_failure_leaves_a_folder_that_was_there_as_it_was(tmp_path):
     assert files_under(tmp_path / "d") == ["images", "mine.md"]
 
 
-def test_dota_accepts_the_official_nesting_and_images_beyond_pillows_limit(tmp_path, monkeypatch):
+def test_dota_accepts_the_official_nesting(tmp_path):
     draw_dota(tmp_path / "flat", [corners(0, 0, 9, 9)] * 10)
     for name, target in (("images", "part1/images"), ("labelTxt", "labelTxt-v1.0/labelTxt")):
         (tmp_path / "deep" / target).parent.mkdir(parents=True)
         (tmp_path / "flat" / name).rename(tmp_path / "deep" / target)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     prepare("dota", tmp_path / "deep", tmp_path / "d")
-    assert Image.MAX_IMAGE_PIXELS == 500
     assert [sum(counts_of(tmp_path / "d", split)) for split in ("train", "val", "test")] == [7, 1, 2]
 
 
@@ -401,6 +517,7 @@ def test_coco_crops_squares_in_category_order(tmp_path, capsys):
     (coco([(3, [0, 0, 5])]), "annotation 100: bbox"),
     ({**coco([]), "annotations": [{"id": 7, "iscrowd": "1"}]}, "annotation 7: iscrowd '1'; expected 0 or 1"),
     (coco([(3, [0, 0, 5, 5])], [(3, "a"), (4, "a")]), "the same id or the same name"),
+    (coco([(3, [0, 0, 5, 5])], [(3, "a\tb")]), r"category \(3, 'a.tb'\); expected .* a name of printable characters"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5, "file_name": "two.jpg"}]), "image two.jpg is not beside"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5, "file_name": "one.jpg", "width": 6, "height": 4}]), "says 6 x 4"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5}]), "image 5 has no file_name"),
