@@ -144,11 +144,9 @@ def wanted(output: Path, seeds: list[int], yardsticks: bool, ablations: bool) ->
 
 
 def finished_already(job: Job) -> bool:
-    """Whether a job's folder holds its finished run. Raises UserError where the stage would refuse its settings or its
-    folder: the error of the stage itself, without the seconds of starting a program."""
+    """Whether a job's folder holds its finished run. Raises UserError where the stage would refuse its settings, its
+    lists or its folder: the error of the stage itself, before the stages that come first have taken their hours."""
     settings, _ = parse_settings(job.script.STAGE, job.script.SETTINGS, "", job.flags)
-    if not any((job.folder / name).exists() for name in ("settings.json", "results.json")):
-        return False
     check_run(job.script.STAGE, settings, resolve_device(settings.device))
     return is_finished(settings)
 

@@ -123,6 +123,39 @@ def test_what_cannot_be_meant_is_refused(tmp_path, capsys):
     assert "unrecognized arguments" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+SMALL = ["--device", "cpu", "--precision", "fp32", "--batch-size", "4", "--image-size", "64"]
+
+
+def change_lists(root, change):
+    """Rewrite each list of a data set: change(split, label) says whether an image stays."""
+    for split in ("train", "val", "test"):
+        lines = (root / f"{split}.txt").read_text().splitlines(True)
+        (root / f"{split}.txt").write_text("".join(line for line in lines if change(split, int(line[-2]))))
+
+
+@pytest.mark.parametrize("change, flags, error", [
+    (lambda split, label: split != "val" or label < 4, [], "no image of the classes of stage t3 to choose the best "
+     "epoch on .* give --select test, or make the data set of more images"),
+    (lambda split, label: split != "test" or label < 4, [], "test.txt: no image of the classes of stage t3; add some"),
+    (lambda split, label: True, ["--batch-size", "10"], "stage t3 has 9 training images, fewer than a batch of 10"),
+])
+def test_data_that_a_late_stage_cannot_use_stops_the_first(own_tiny, tmp_path, monkeypatch, change, flags, error):
+    monkeypatch.setattr(run_all, "run_jobs", lambda *_: pytest.fail("a stage was started"))
+    change_lists(own_tiny, change)
+    with pytest.raises(UserError, match=error):
+        run_all.main(["--data-root", str(own_tiny), "--output", str(tmp_path / "runs"), *SMALL, *flags])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_group_stops_the_first_stage(own_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_all, "run_jobs", lambda *_: pytest.fail("a stage was started"))
+    content = json.loads((own_tiny / "dataset.json").read_text())
+    content["groups"] = {"head": [0, 1, 2], "middle": [], "tail": [3, 4, 5]}
+    write_json(own_tiny / "dataset.json", content)
+    with pytest.raises(UserError, match="group 'middle' holds no class, .* other --head-min and --tail-max"):
+        run_all.main(["--data-root", str(own_tiny), "--output", str(tmp_path / "runs"), *SMALL])
+
+
 # ---- what is found finished ------------------------------------------------------------------------------------------
 
 
