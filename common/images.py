@@ -61,11 +61,15 @@ def image_files(folder: str | Path) -> list[str]:
 
 def images_below(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """(image files, other files) in `folder` and its subfolders, sorted. Hidden files and folders are in neither;
-    linked folders are followed, each folder once."""
+    linked folders are followed, each folder once. Raises OSError for a folder that cannot be read."""
     images: list[Path] = []
     others: list[Path] = []
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
@@ -267,8 +271,7 @@ def low_and_high(text: str) -> ValueRange:
 
 def value_range_text(value_range: Sequence[int]) -> str:
     """A sentence on a value range."""
-    return (f"of images of more than 8 bits the values {value_range[0]} to {value_range[1]} become 0 to 255 "
-            "(--value-range)")
+    return f"of images of more than 8 bits the values {value_range[0]} to {value_range[1]} become 0 to 255"
 
 
 def value_range_entry(value_range: ValueRange | None) -> dict[str, list[int]]:

@@ -131,10 +131,10 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
     test_annotations = read_test_annotations(settings, train_annotations.classes)
     precision = run_precision(settings, device)
-    found = {"value_range": train_value_range(settings, train_annotations)}
+    more = {"value_range": train_value_range(settings, train_annotations)}
     if method.load_teacher:
-        found["teacher_sha256"] = teacher_sha256(settings)
-    identity = identity_of_run(method.name, settings, precision, fingerprint(train_annotations), **found)
+        more["teacher_sha256"] = teacher_sha256(settings)
+    identity = identity_of_run(method.name, settings, precision, fingerprint(train_annotations), **more)
     if rank() == 0:
         check_output(settings, identity, f"images, boxes or classes than {settings.train} has")
     if is_finished(settings):
@@ -208,7 +208,7 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
         f"{settings.lr * settings.batch_size / 16:g}; short side {short}, long side at most {settings.long}; "
         f"{len(sampler)} steps an epoch")
     if run.value_range:
-        say(value_range_text(run.value_range))
+        say(f"{value_range_text(run.value_range)} (--value-range)")
     for note in notes(run):
         say(f"note: {note}")
     resume(run)

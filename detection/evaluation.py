@@ -141,8 +141,8 @@ def draw_sheet(annotations: Annotations, found: Sequence[dict[str, torch.Tensor]
     `common.images.decode`."""
     count, shown = len(annotations.records), pictures.SHEET_IMAGES
     chosen = sorted({round(k * (count - 1) / (shown - 1)) for k in range(shown)})
-    rows = [(read_image(record, value_range), record, found[index]) for index, record in
-            ((index, annotations.records[index]) for index in chosen)]
+    records = annotations.records
+    rows = [(read_image(records[index], value_range), records[index], found[index]) for index in chosen]
     pictures.draw_sheet(rows, annotations.classes, path)
 
 

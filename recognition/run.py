@@ -12,7 +12,7 @@ from ClassAwareSampler import (
     SelfCalibratedBatchSampler,
     ShuffledBatchSampler,
 )
-from common.images import value_range_entry
+from common.images import value_range_entry, value_range_text
 from common.runtime import device_name, library_versions, rank, say, world_size
 from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume, sgd
 from dataset import ImageDataset, class_counts, describe
@@ -145,6 +145,8 @@ def describe_run(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
     if settings.schedule == "steps" and settings.lr_steps and min(settings.lr_steps) > settings.epochs:
         say(f"note: none of --lr-steps {','.join(map(str, settings.lr_steps))} falls within {settings.epochs} epochs; "
             "for a short run consider --schedule one-cycle")
+    if data.info.value_range:
+        say(value_range_text(data.info.value_range))
     preprocessing = {"channels": 1, "image_size": settings.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5,
                      **value_range_entry(data.info.value_range)}
     return {"stage": stage.name, **describe(data.info), "preprocessing": preprocessing, "selected_on": settings.select,

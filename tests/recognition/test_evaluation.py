@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import baseline_resnet50
+from common.runtime import UserError
 from dataset import network_input
 from recognition import evaluation
 from recognition.settings import Settings
 from recognition.stage import load_test_images, read_lists
 from resnet50 import ResNet50
-from tests.support import run_main
+from tests.support import TINY_GROUPS, run_main
 
 CPU = torch.device("cpu")
 
@@ -98,3 +99,22 @@ def test_a_picture_that_cannot_be_written_is_a_note(test_weights, tmp_path, caps
     assert set(os.listdir(tmp_path / "test")) == {"results.json", "results.txt", "confusion.png", "mistakes.png"}
     output = capsys.readouterr().out
     assert "note: " in output and "mistakes.png: could not be written" in output
+
+
+def test_a_checkpoint_is_tested_with_the_value_range_of_its_training(own_tiny, tmp_path, monkeypatch):
+    content = json.loads((own_tiny / "dataset.json").read_text())
+    (own_tiny / "dataset.json").write_text(json.dumps({**content, "value_range": [0, 4095]}))
+    ranges = []
+
+    def no_images(lists, settings):
+        ranges.append(lists.info.value_range)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(evaluation, "load_test_images", no_images)
+    for own in ({"value_range": [0, 2047]}, {}):  # the latter: made before value ranges
+        torch.save({"model": ResNet50(6).state_dict(), "description": {
+            "stage": "baseline", "classes": list("abcdef"), "groups": TINY_GROUPS, "epoch": 1, "selected_on": "val",
+            "preprocessing": {"image_size": 32, **own}}}, tmp_path / "best.pt")
+        assert run_main(baseline_resnet50, "--test-only", "--weights", tmp_path / "best.pt", "--data-root", own_tiny,
+                        "--output", tmp_path / "test", "--device", "cpu") == 2
+    assert ranges == [(0, 2047), None]
