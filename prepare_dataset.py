@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = sorted({item if isinstance(item, str) else item.image for samples in lists.values() for item, _ in samples})
     value_range = value_range_of(files, args.value_range, args.processes)
     if value_range:
-        notes.append(f"{value_range_text(value_range)} (--value-range)")
+        notes.append(value_range_text(value_range))
     info, lists = write(destination, source, lists, groups, rule, value_range, args)
     counts = print_table(info, {split: [label for _, label in samples] for split, samples in lists.items()})
     draw_class_counts(info, counts, destination / "class_counts.png")

@@ -130,8 +130,9 @@ def decode(path: str | Path, value_range: ValueRange | None = None) -> Image.Ima
         image.seek(0)
         if image.mode == "F":
             raise ValueError("floating-point pixels, of no known range; convert it to 8 or 16 bits")
-        # Without a range, colours of 16 bits are their high bytes, as Pillow decodes them.
-        values = deep_values(image) if value_range or image.mode not in EIGHT_BITS else None
+        # Over the full range, colours of 16 bits are their high bytes, as Pillow decodes them.
+        limited = tuple(value_range or FULL_RANGE) != FULL_RANGE
+        values = deep_values(image) if limited or image.mode not in EIGHT_BITS else None
         if values is not None:
             return Image.fromarray(as_bytes(values, value_range or FULL_RANGE))
         image.load()
@@ -221,8 +222,8 @@ def as_bytes(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
 def value_range_of(files: Iterable[str | Path], given: ValueRange | None = None,
                    processes: int | None = None) -> ValueRange | None:
     """The value range of a data set: the one given, else the lowest and the highest pixel value of its images of more
-    than 8 bits. None for FULL_RANGE, and where no image has more than 8 bits. JPEG files, which cannot, are not opened;
-    unreadable files are left to those that read them."""
+    than 8 bits, None without such images. JPEG files, which cannot be such, are not opened; unreadable files are left
+    to those that read them."""
     if given is None:
         candidates = [str(file) for file in files if Path(file).suffix.lower() not in (".jpg", ".jpeg")]
         jobs = [candidates[start:start + 64] for start in range(0, len(candidates), 64)]
@@ -231,7 +232,7 @@ def value_range_of(files: Iterable[str | Path], given: ValueRange | None = None,
             return None
         low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
         given = low, max(high, low + 1)
-    return None if given == FULL_RANGE else given
+    return given
 
 
 def range_to_predict_with(files: Iterable[str | Path], given: ValueRange | None,
@@ -241,7 +242,7 @@ def range_to_predict_with(files: Iterable[str | Path], given: ValueRange | None,
     if given or trained:
         return given or trained
     found = value_range_of(files, processes=1)
-    if found:
+    if found not in (None, FULL_RANGE):
         low, high = found
         print(f"note: there are images of more than 8 bits, with values {low} to {high}, and the weights name no "
               f"range: 0 to 65535 become 0 to 255; to scale by their own range give --value-range {low},{high}",
@@ -271,12 +272,13 @@ def low_and_high(text: str) -> ValueRange:
 
 def value_range_text(value_range: Sequence[int]) -> str:
     """A sentence on a value range."""
-    return f"of images of more than 8 bits the values {value_range[0]} to {value_range[1]} become 0 to 255"
+    return (f"of images of more than 8 bits the values {value_range[0]} to {value_range[1]} become 0 to 255; where "
+            "only a few pixels have such extremes give --value-range")
 
 
 def value_range_entry(value_range: ValueRange | None) -> dict[str, list[int]]:
-    """A value range as an entry of metadata; none where there is no range, as before there were any."""
-    return {"value_range": list(value_range)} if value_range else {}
+    """A value range as an entry of metadata; none where it is None or FULL_RANGE, as before there were any."""
+    return {} if value_range is None or value_range == FULL_RANGE else {"value_range": list(value_range)}
 
 
 def is_value_range(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from common.files import read_json_lines, save_checkpoint, sha256_of
 from common.flags import check_output
-from common.images import ValueRange, value_range_of, value_range_text
+from common.images import ValueRange, value_range_entry, value_range_of, value_range_text
 from common.runtime import (
     UserError,
     autocast,
@@ -150,10 +150,12 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
 
 
 def train_value_range(settings: Settings, annotations: Annotations) -> list[int] | None:
-    """The `value_range_of` the images to train on as a plain value, found by the first process."""
+    """The `value_range_of` the images to train on, found by the first process, as metadata has it."""
     files = [record.path for record in annotations.records] if rank() == 0 else []
-    found = of_first_process(value_range_of(files, settings.value_range, settings.workers or 1))
-    return found and list(found)
+    value_range = of_first_process(value_range_of(files, settings.value_range, settings.workers or 1))
+    if value_range:
+        say(value_range_text(value_range))
+    return value_range_entry(value_range).get("value_range")
 
 
 def teacher_sha256(settings: Any) -> str:
@@ -207,8 +209,6 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
         f"({settings.batch_size // world_size()} on each of {world_size()} processes); lr "
         f"{settings.lr * settings.batch_size / 16:g}; short side {short}, long side at most {settings.long}; "
         f"{len(sampler)} steps an epoch")
-    if run.value_range:
-        say(f"{value_range_text(run.value_range)} (--value-range)")
     for note in notes(run):
         say(f"note: {note}")
     resume(run)

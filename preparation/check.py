@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import list_lines
-from common.images import decode_grey, unreadable, value_range_of
+from common.images import FULL_RANGE, decode_grey, unreadable, value_range_of
 from common.runtime import UserError
 from common.text import print_findings
 from common.workers import in_processes
@@ -98,7 +98,7 @@ def count_findings(info: DatasetInfo, counts: dict[str, np.ndarray]) -> Findings
 def range_notes(info: DatasetInfo, paths: Iterable[str], processes: int | None) -> list[str]:
     """A sentence on images of more than 8 bits in a data set without a value range, as they were made before."""
     found = None if info.value_range else value_range_of([info.images / path for path in paths], processes=processes)
-    if found is None:
+    if found in (None, FULL_RANGE):
         return []
     return [f"images of more than 8 bits have the values {found[0]} to {found[1]}; dataset.json has no value_range, "
             "so that 0 to 65535 become 0 to 255: make the data set anew to scale by their own range"]

@@ -213,7 +213,7 @@ def read_folders(path: str | Path) -> Source:
     for part in roots:
         samples = []
         for label, name in enumerate(folders):
-            images = _images_of_class(part / name, label)
+            images = _images_of_class(part / name, label) if (part / name).is_dir() else []
             if not images and part == roots[0]:
                 raise UserError(f"{part / name}: no images in this class folder; expected files that Pillow reads, "
                                 "known by their suffixes (.jpg, .png, .tif, ...)")
@@ -221,5 +221,5 @@ def read_folders(path: str | Path) -> Source:
                 notes.append(f"class {classes[label]} has no test images: its accuracy will be unknown")
             samples += images
         parts.append(samples)
-    notes += _unusual_files(part / name for part in roots for name in folders)
+    notes += _unusual_files(folder for part in roots for folder in sorted(subfolders(part)))
     return Source(classes, parts[0], parts[1] if nested else None, notes=notes)

@@ -12,7 +12,7 @@ from ClassAwareSampler import (
     SelfCalibratedBatchSampler,
     ShuffledBatchSampler,
 )
-from common.images import value_range_entry, value_range_text
+from common.images import value_range_entry
 from common.runtime import device_name, library_versions, rank, say, world_size
 from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume, sgd
 from dataset import ImageDataset, class_counts, describe
@@ -139,14 +139,14 @@ def describe_run(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
     stage, settings, data = run.stage, run.settings, run.data
     say(f"stage {stage.name} on {data.info.name}: {len(data.classes)} classes ({stage.group}), {len(data.train)} "
         f"images to train on, {len(data.select)} to select on ({settings.select}), {len(data.test)} to test")
+    if data.info.value_range:
+        say(f"of images of more than 8 bits the values {data.info.value_range} become 0 and 255 (dataset.json)")
     say(f"device {device_name(run.device)}; precision {run.precision}; seed {settings.seed}; batch "
         f"{settings.batch_size} ({settings.batch_size // world_size()} on each of {world_size()} processes); lr "
         f"{settings.lr:g}, {settings.schedule}")
     if settings.schedule == "steps" and settings.lr_steps and min(settings.lr_steps) > settings.epochs:
         say(f"note: none of --lr-steps {','.join(map(str, settings.lr_steps))} falls within {settings.epochs} epochs; "
             "for a short run consider --schedule one-cycle")
-    if data.info.value_range:
-        say(value_range_text(data.info.value_range))
     preprocessing = {"channels": 1, "image_size": settings.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5,
                      **value_range_entry(data.info.value_range)}
     return {"stage": stage.name, **describe(data.info), "preprocessing": preprocessing, "selected_on": settings.select,

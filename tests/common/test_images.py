@@ -21,6 +21,7 @@ from common.images import (
     low_and_high,
     open_image,
     range_to_predict_with,
+    value_range_entry,
     value_range_of,
 )
 
@@ -82,8 +83,9 @@ def test_eleven_bits_become_eight_by_their_range(tmp_path, name):
     assert value_range_of([tmp_path / name]) == (0, 2047)
     for low, high in ((0, 2047), (500, 1500)):
         assert (np.asarray(decode(tmp_path / name, (low, high))) == scaled(values, low, high)).all()
-    without = np.asarray(decode(tmp_path / name))[..., :3] if values.ndim == 3 else np.asarray(decode(tmp_path / name))
-    assert (without == (values >> 8 if values.ndim == 3 else np.rint(values / 257))).all()  # as before value ranges
+    for full in (None, FULL_RANGE):  # as before there were value ranges
+        found = np.asarray(decode(tmp_path / name, full))
+        assert (found == np.rint(values / 257) if values.ndim == 2 else found[..., :3] == values >> 8).all()
 
 
 def test_images_of_8_bits_do_not_depend_on_the_range(tmp_path):
@@ -104,10 +106,11 @@ def test_the_range_is_that_of_all_images_unless_it_is_given(tmp_path):
     files.append(tmp_path / "damaged.png")
     assert value_range_of(files, processes=1) == value_range_of(files, processes=2) == (10, 10 + 40 * 69)
     assert value_range_of(files[:1]) == (10, 11)
-    assert value_range_of(files, given=(5, 9)) == (5, 9) and value_range_of(files, given=FULL_RANGE) is None
+    assert value_range_of(files, given=(5, 9)) == (5, 9) and value_range_of([]) is None
     Image.fromarray(np.array([[0, 65535]], np.uint16)).save(files[3])
-    assert value_range_of(files) is None  # 16 bits that are filled: as before value ranges
-    assert value_range_of([]) is None
+    assert value_range_of(files) == FULL_RANGE
+    assert value_range_entry(FULL_RANGE) == value_range_entry(None) == {}  # as before there were value ranges
+    assert value_range_entry((5, 9)) == {"value_range": [5, 9]}
 
 
 def test_a_prediction_takes_the_range_of_the_training_or_says_that_there_is_none(tmp_path, capsys):

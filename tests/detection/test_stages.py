@@ -122,7 +122,7 @@ def test_eleven_bits_train_as_eight(tmp_path, capsys):
     assert all(torch.equal(value, eleven["model"][name]) for name, value in eight["model"].items())
     preprocessing = eight["description"]["preprocessing"]
     assert eleven["description"]["preprocessing"] == {**preprocessing, "value_range": [0, 2040]} != preprocessing
-    assert "the values 0 to 2040 become 0 to 255 (--value-range)" in capsys.readouterr().out
+    assert "the values 0 to 2040 become 0 to 255; where only a few" in capsys.readouterr().out
     assert run_detector(train_gfl, *flags, "--resume", "--value-range", "0,4095") == 2
     assert "holds a run with value-range [0, 2040], not [0, 4095]" in capsys.readouterr().err
 

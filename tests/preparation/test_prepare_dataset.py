@@ -246,7 +246,7 @@ def test_images_of_11_bits_are_cached_in_256_levels_and_their_range_is_kept(tmp_
     values = {name: [draw_11_bits(tmp_path / "s" / name / f"{i}.png", 100 * (name == "b") + i) for i in range(20)]
               for name in "ab"}
     prepare("folders", tmp_path / "s", tmp_path / "d")
-    assert "note: of images of more than 8 bits the values 0 to 2047 become 0 to 255 (--value-range)" in \
+    assert "note: of images of more than 8 bits the values 0 to 2047 become 0 to 255; where only" in \
         capsys.readouterr().out
     info = read_info(tmp_path / "d")
     assert info.value_range == (0, 2047)
