@@ -1,4 +1,4 @@
-"""DOTA's folders and label files. An object is its four points; who needs a horizontal box makes one of them."""
+"""DOTA's folders and label files. An object is its four points; who needs a box makes one of them."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ LABEL_FOLDERS = ("labelTxt", "labelTxt-v1.0/labelTxt", "labelTxt-v1.0", "labelTx
 
 
 class DotaObject(NamedTuple):
-    """points: ((x, y), ...) of its four corners in pixels, in the order of the file. label: class id. difficult: as in
-    the file, False where it does not say. where: "file:line"."""
+    """points: ((x, y), ...) of its four corners in pixels, in the order of the file. name: of its class. difficult: as
+    in the file, False where it does not say. where: "file:line"."""
 
     points: tuple[tuple[float, float], ...]
-    label: int
+    name: str
     difficult: bool
     where: str
 
@@ -45,8 +45,8 @@ def find_dota_files(folder: Path) -> list[tuple[Path, Path]]:
     return [(images[stem], labels[stem]) for stem in sorted(images)]
 
 
-def read_label_file(path: str | Path, classes: Sequence[str]) -> list[DotaObject]:
-    """The objects of a DOTA label file. classes: their names in id order.
+def read_label_file(path: str | Path, classes: Sequence[str] | None = None) -> list[DotaObject]:
+    """The objects of a DOTA label file. classes: the names to expect, None for any.
 
     Lines are `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`, difficult optional. Header lines (`imagesource:...`,
     `gsd:...`) and blank ones are skipped. Raises UserError naming any other line."""
@@ -59,18 +59,25 @@ def read_label_file(path: str | Path, classes: Sequence[str]) -> list[DotaObject
         fields, where = line.split(), f"{path}:{number}"
         if not fields or fields[0].partition(":")[0].lower() in ("imagesource", "gsd"):
             continue
-        try:
-            values = [float(value) for value in fields[:8]]
-        except ValueError:
-            values = []
-        if len(fields) not in (9, 10) or len(values) != 8 or not all(map(math.isfinite, values)):
+        points = corner_points(fields[:8])
+        if points is None or len(fields) not in (9, 10) or not all(map(str.isdigit, fields[9:])):
             raise UserError(f"{where}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult', found {line[:80]!r}")
-        if fields[8] not in classes:
+        if classes is not None and fields[8] not in classes:
             raise UserError(f"{where}: class {fields[8][:40]!r} is none of the {len(classes)} of DOTA v1.0; use the "
                             "labels of v1.0 (labelTxt-v1.0), or remove the line")
-        points = tuple(zip(values[0::2], values[1::2], strict=True))
-        objects.append(DotaObject(points, list(classes).index(fields[8]), fields[9:] == ["1"], where))
+        objects.append(DotaObject(points, fields[8], fields[9:] not in ([], ["0"]), where))
     return objects
+
+
+def corner_points(fields: Sequence[str]) -> tuple[tuple[float, float], ...] | None:
+    """The points ((x, y), ...) that eight fields of a line give; None for anything but eight finite numbers."""
+    try:
+        values = [float(value) for value in fields]
+    except ValueError:
+        return None
+    if len(values) != 8 or not all(map(math.isfinite, values)):
+        return None
+    return tuple(zip(values[0::2], values[1::2], strict=True))
 
 
 def horizontal_box(points: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:

@@ -3,6 +3,7 @@
     python -m detection.check_data instances_train2017.json instances_val2017.json
     python -m detection.check_data VOC2007/ImageSets/Main/trainval.txt VOC2007/ImageSets/Main/test.txt
     python -m detection.check_data annotations/instances_train2017.json --images train2017
+    python -m detection.check_data DOTA/train DOTA/val --oriented
 
 Every image is decoded once. Errors make training, or numbers measured on these images, wrong (exit status 1); notes
 are worth knowing. The classes of the first source are expected in the others; sources of one
@@ -18,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import sha256_of
+from common.images import large_images
 from common.runtime import UserError, run_script
 from common.text import print_findings
 from common.workers import in_processes
@@ -31,8 +33,9 @@ MEDIUM, LARGE = 32**2, 96**2  # COCO's limits: the areas in square pixels at whi
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="a COCO file (.json) or an image set of Pascal VOC (.txt): that "
-        "of training first, then those of testing")
+    add("sources", nargs="+", metavar="SOURCE", help="a COCO file (.json), an image set of Pascal VOC (.txt) or a "
+        "folder of DOTA: that of training first, then those of testing")
+    add("--oriented", action="store_true", help="check the oriented boxes of DOTA's points and COCO's polygons")
     add("--images", metavar="FOLDER", help="where the images lie, if not beside a COCO file (in images/ or with it) or "
         "in JPEGImages/")
     add("--processes", type=int, metavar="N", help="how many processes decode; default one a core")
@@ -45,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors, notes, parts, classes = [], [], [], None
     for source in args.sources:
         findings = Findings([], [])
-        parts.append(read_annotations(source, args.images, classes, findings))
+        parts.append(read_annotations(source, args.images, classes, findings, args.oriented))
         classes = parts[0].classes
         print_table(source, parts[-1])
         errors += findings.errors
-        notes += some(findings.clipped, f"{source}: boxes clipped to their image")
+        notes += some(findings.clipped, f"{source}: boxes that reach outside their image")
     for source, part in zip(args.sources, parts, strict=True):
         notes += notes_of(source, part)
         if not any(len(record.labels) for record in for_training(part).records):
@@ -101,7 +104,7 @@ def notes_of(source: str, part: Annotations) -> list[str]:
     present = {label for record in part.records for label in record.labels.tolist()}
     absent = [name for label, name in enumerate(part.classes) if label not in present]
     return [*some(boxes, f"{source}: boxes that are there more than once"),
-            *some(dropped, f"{source}: images with objects not trained on (difficult, or of less than a pixel)"),
+            *some(dropped, f"{source}: images with objects not trained on (difficult, or too small)"),
             *some(empty, f"{source}: images without objects, trained on as background"),
             *some(small, f"{source}: images with a side below 32 pixels, not trained on"),
             *some(absent, f"{source}: classes without objects")]
@@ -133,7 +136,8 @@ def _read(records: Iterable[Record]) -> list[tuple[Path, str | None, str | None]
     results = []
     for record in records:
         try:
-            read_image(record)
+            with large_images():
+                read_image(record)
             results.append((record.path, sha256_of(record.path), None))
         except (UserError, OSError) as error:
             results.append((record.path, None, str(error)))

@@ -29,6 +29,7 @@ from detection.data.batches import DetectionDataset, loader, read_image, test_dr
 from detection.data.records import Annotations
 from detection.inference import detect, inference_network
 from detection.metrics.coco_ap import coco_ap
+from detection.metrics.dota_ap import dota_ap
 from detection.metrics.voc_ap import voc_ap
 from detection.network.detector import Detector
 from detection.settings import Settings, data_name
@@ -56,9 +57,11 @@ def detect_all(network: Detector, annotations: Annotations, preprocessing: dict[
 
 def average_precisions(detections: Sequence[dict[str, torch.Tensor]], annotations: Annotations,
                        metric: str) -> dict[str, Any]:
-    """AP by the metric that settings name, as `coco_ap` and `voc_ap` return it."""
+    """AP by the metric that settings name, as `coco_ap`, `voc_ap` and `dota_ap` return it."""
     if metric == "coco":
         return coco_ap(detections, annotations)
+    if metric == "dota":
+        return dota_ap(detections, annotations)
     return voc_ap(detections, annotations, "11-point" if metric == "voc07" else "area")
 
 
@@ -73,8 +76,10 @@ def ap_of_run(run: Any) -> dict[str, float | None]:
 
 
 def read_test_annotations(settings: Settings, classes: Sequence[str]) -> Annotations:
-    """The Annotations to test on. classes: the names that they are to have, in id order."""
-    annotations = read_annotations(settings.test, settings.test_images or settings.images or None, classes)
+    """The Annotations to test on, oriented boxes for DOTA's metric. classes: the names that they are to have, in id
+    order."""
+    annotations = read_annotations(settings.test, settings.test_images or settings.images or None, classes,
+                                   oriented=settings.metric == "dota")
     if not annotations.records:
         raise UserError(f"{settings.test}: holds no image to test on")
     return annotations

@@ -14,6 +14,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from common.charts import new_figure, save_figure
 from common.files import atomic_path
 from detection.data.records import Record
+from detection.geometry.oriented import circumscribed
+from detection.geometry.oriented import corners as corners_of
 from detection.metrics.voc_ap import envelope
 
 # Okabe and Ito's colours, which the colour-blind can tell apart: on images without their black, on white without their
@@ -41,7 +43,8 @@ def draw_boxes(image: Image.Image | torch.Tensor, boxes: torch.Tensor | np.ndarr
     """A copy of an image with the boxes in their classes' colours, the highest-scoring on top, each with its class and
     score; in a crowd with the score alone, or with neither, rather than across another's.
 
-    image: PIL image, or (3, H, W) uint8 tensor. boxes: (M, 4) xyxy in its pixels; what leaves the image is cut off.
+    image: PIL image, or (3, H, W) uint8 tensor. boxes: (M, 4) xyxy, or oriented (M, 5), in its pixels; what leaves the
+    image is cut off.
     labels, scores: (M,). classes: the names. Returns a PIL image, RGB, of the same size."""
     picture = _rgb(image)
     _draw_outlines(picture, boxes, labels, scores)
@@ -53,8 +56,11 @@ def _draw_outlines(picture: Image.Image, boxes: torch.Tensor | np.ndarray, label
                    scores: torch.Tensor | np.ndarray) -> None:
     draw, width = ImageDraw.Draw(picture), max(2, round(min(picture.size) / 300))
     corners, order = _pixels(boxes, picture.size), np.argsort(np.asarray(scores), kind="stable").tolist()
+    polygons = _polygons(boxes)
     for i in order:
-        if corners[i]:
+        if corners[i] and polygons:
+            draw.polygon(polygons[i], outline=class_colour(int(labels[i])), width=width)
+        elif corners[i]:
             draw.rectangle(corners[i], outline=class_colour(int(labels[i])), width=width)
 
 
@@ -76,14 +82,21 @@ def _rgb(image: Image.Image | torch.Tensor) -> Image.Image:
 
 
 def _pixels(boxes: ArrayLike, size: tuple[int, int]) -> list[list[int] | None]:
-    """The first and the last pixel, [x, y, x, y], that each of boxes (M, 4) xyxy touches in an image of `size` (width,
-    height); None for a box outside it."""
-    boxes, size = np.asarray(boxes, np.float64).reshape(-1, 2, 2), np.array(size)
+    """The first and the last pixel, [x, y, x, y], that each of boxes (M, 4) xyxy, or oriented (M, 5), touches in an
+    image of `size` (width, height); None for a box outside it."""
+    boxes, size = np.asarray(boxes, np.float64), np.array(size)
+    boxes = (circumscribed(torch.from_numpy(boxes)).numpy() if boxes.shape[-1] == 5 else boxes).reshape(-1, 2, 2)
     inside = ((boxes[:, 0] < size) & (boxes[:, 1] > 0)).all(1)
     first = np.floor(boxes[:, 0]).clip(0, size - 1)
     last = (np.ceil(boxes[:, 1]) - 1).clip(first, size - 1)
     corners = np.concatenate([first, last], axis=1).astype(int).tolist()
     return [box if touches else None for box, touches in zip(corners, inside, strict=True)]
+
+
+def _polygons(boxes: ArrayLike) -> list[list[tuple[float, float]]]:
+    """The corners [(x, y), ...] of each of oriented boxes (M, 5); none of horizontal ones (M, 4)."""
+    boxes = torch.from_numpy(np.asarray(boxes, np.float64))
+    return [list(map(tuple, own)) for own in corners_of(boxes).tolist()] if boxes.shape[-1] == 5 else []
 
 
 def _write_label(picture: Image.Image, box: Sequence[int], name: str, score: str, colour: tuple[int, int, int],
@@ -116,13 +129,19 @@ def _meet(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def _draw_truth(picture: Image.Image, boxes: ArrayLike, difficult: Sequence[bool] | np.ndarray) -> Image.Image:
-    """The picture with the outlines of boxes (M, 4) in dashes of white and black, of difficult ones in dots."""
-    pixels = np.array(picture)  # (H, W, 3)
-    for box, dots in zip(_pixels(boxes, picture.size), difficult, strict=True):
+    """The picture with the outlines of boxes (M, 4) or (M, 5) in dashes of white and black, of difficult ones in
+    dots."""
+    pixels, polygons = np.array(picture), _polygons(boxes)  # (H, W, 3)
+    for i, (box, dots) in enumerate(zip(_pixels(boxes, picture.size), difficult, strict=True)):
         if box:
             part = pixels[box[1]:box[3] + 1, box[0]:box[2] + 1]
             rows, columns = np.ogrid[:part.shape[0], :part.shape[1]]
-            border = (rows == 0) | (rows == rows.max()) | (columns == 0) | (columns == columns.max())
+            if polygons:
+                outline = Image.new("1", part.shape[1::-1])
+                ImageDraw.Draw(outline).polygon([(x - box[0], y - box[1]) for x, y in polygons[i]], outline=1)
+                border = np.asarray(outline)
+            else:
+                border = (rows == 0) | (rows == rows.max()) | (columns == 0) | (columns == columns.max())
             white = (rows + columns) // (2 if dots else 5) % 2 == 0
             part[border & white] = 255
             part[border & ~white] = 0
@@ -164,11 +183,16 @@ def _draw_tile(image: Image.Image | torch.Tensor, record: Record, found: Mapping
     image = _rgb(image)
     scale = min(size[0] / image.width, size[1] / image.height)
     scaled = image.resize([max(1, round(side * scale)) for side in image.size], reducing_gap=2.0)
-    boxes, labels, scores = found["boxes"] * scale, found["labels"], found["scores"]
+    boxes, labels, scores = _scaled(found["boxes"], scale), found["labels"], found["scores"]
     _draw_outlines(scaled, boxes, labels, scores)
-    tile = _draw_truth(scaled, record.boxes * scale, record.difficult)  # thin, and so not hidden by a box of its own
+    tile = _draw_truth(scaled, _scaled(record.boxes, scale), record.difficult)  # thin: not hidden by a box of its own
     _write_labels(tile, boxes, labels, scores, classes)
     return tile
+
+
+def _scaled(boxes: np.ndarray, scale: float) -> np.ndarray:
+    """Boxes (M, 4) or (M, 5) in an image scaled by `scale`; angles stay."""
+    return np.concatenate([boxes[:, :4] * scale, boxes[:, 4:]], axis=1)
 
 
 def _write_caption(sheet: Image.Image, at: tuple[int, int], record: Record) -> None:

@@ -22,7 +22,7 @@ RECIPES = {
     "voc-teacher": {"epochs": 16, "lr_steps": (13,), "batch_size": 6, "short": (800, 800), "repeat": 3,
                     "metric": "voc07"},
 }
-METRICS = ("coco", "voc07", "voc")
+METRICS = ("coco", "voc07", "voc", "dota")
 
 
 def sides(text: str) -> tuple[int, int]:
@@ -69,7 +69,8 @@ class Settings:
                                        "white (default: the lowest and the highest of the training images)",
                                  type=low_and_high)
     suppression: str = setting("nms", "how a test thins out overlapping boxes", choices=tuple(SUPPRESSIONS))
-    metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); or of VOC since 2010 (area under the curve)",
+    metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); of VOC since 2010 (area under the curve); "
+                                  "or of DOTA, of oriented boxes (11 points)",
                           choices=METRICS)
     test_every: int = setting(0, "also test after every so many epochs, for the curves; it chooses nothing")
     seed: int = setting(0, "seed of everything random")

@@ -105,8 +105,8 @@ def _read_dota_folder(folder: Path, margin: float, skipped: list[str]) -> list[t
             if box is None:
                 skipped.append(item.where)
             else:
-                name = f"{DOTA['classes'][item.label]}/{_file_name(image.stem)}_{number}.png"
-                samples.append((Chip(str(image), box, name), item.label))
+                name = f"{item.name}/{_file_name(image.stem)}_{number}.png"
+                samples.append((Chip(str(image), box, name), DOTA["classes"].index(item.name)))
     return samples
 
 

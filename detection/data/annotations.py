@@ -1,7 +1,8 @@
-"""Ground truth: COCO's JSON files and Pascal VOC's image sets, as boxes in pixels.
+"""Ground truth: COCO's JSON files, Pascal VOC's image sets and DOTA's folders, as boxes in pixels.
 
-A source is a COCO `.json`, a VOC image set (`VOC2007/ImageSets/Main/trainval.txt`), or several of either, which become
-one ("07+12"). Every box that cannot be learned from or tested against is an error that names its place."""
+A source is a COCO `.json`, a VOC image set (`VOC2007/ImageSets/Main/trainval.txt`), a folder of DOTA (`images/` and
+`labelTxt/`), or several of them, which become one ("07+12"). Every box that cannot be learned from or tested against is
+an error that names its place."""
 
 import hashlib
 import json
@@ -13,18 +14,22 @@ import numpy as np
 
 from common.runtime import UserError
 from detection.data.coco_files import read_coco
+from detection.data.dota_files import read_dota
 from detection.data.records import Annotations, Findings, Record
 from detection.data.voc_files import read_image_set
 
 
 def read_annotations(source: str | Path | Sequence[str | Path], images: str | Path | None = None,
-                     classes: Sequence[str] | None = None, findings: Findings | None = None) -> Annotations:
+                     classes: Sequence[str] | None = None, findings: Findings | None = None,
+                     oriented: bool = False) -> Annotations:
     """Read the ground truth of `source`: a path, several joined by commas, or a list of paths.
 
     images: the folder of the images. None is, for COCO, the folder `images` beside the file, else the file's own; for
     VOC JPEGImages. classes: the names expected, in id order: of a checkpoint, or of the training set. None takes COCO's
     categories in the order of their ids (of the first COCO source), or all names in VOC's files in alphabetical order.
-    A class is matched by name, never by place. findings: None, or Findings to add to, where reading goes on.
+    A class is matched by name, never by place. findings: None, or Findings to add to, where reading goes on. oriented:
+    whether boxes are oriented, the rectangles of least area around DOTA's four points and COCO's polygons (of a crowd
+    around its box); VOC has none.
 
     COCO's (x, y, width, height) and VOC's 1-based corners, from which 1 is subtracted, become 0-based corners. A box
     that reaches outside its image is clipped to it.
@@ -33,8 +38,7 @@ def read_annotations(source: str | Path | Sequence[str | Path], images: str | Pa
     or image, something missing, an image given twice, an image that is not there, and for broken JSON or XML."""
     paths = [Path(part) for part in ([source] if isinstance(source, Path) else
                                      source.split(",") if isinstance(source, str) else source)]
-    parts = [read_coco(path, images, findings) if path.suffix.lower() == ".json" else
-             read_image_set(path, images, findings) for path in paths]
+    parts = [_read_part(path, images, findings, oriented) for path in paths]
     coco = [part for part in parts if part.source.suffix.lower() == ".json"]
     if classes is None:
         classes = coco[0].classes if coco else sorted({name for part in parts for name in part.classes})
@@ -43,6 +47,18 @@ def read_annotations(source: str | Path | Sequence[str | Path], images: str | Pa
             raise UserError(findings.errors[0])
         raise UserError(f"{paths[0]}: no object, and so no class; expected annotated images")
     return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))))
+
+
+def _read_part(path: Path, images: str | Path | None, findings: Findings | None, oriented: bool) -> Annotations:
+    """The Annotations of one source, by its kind."""
+    if path.suffix.lower() == ".json":
+        return read_coco(path, images, findings, oriented)
+    if path.is_dir():
+        return read_dota(path, images, findings, oriented)
+    if oriented:
+        raise UserError(f"{path}: boxes of Pascal VOC are horizontal; expected a folder of DOTA, or a COCO file "
+                        "(.json) with polygons")
+    return read_image_set(path, images, findings)
 
 
 def _join(parts: Sequence[Annotations], classes: Sequence[str]) -> list[Record]:
@@ -67,13 +83,14 @@ def _join(parts: Sequence[Annotations], classes: Sequence[str]) -> list[Record]:
 def for_training(annotations: Annotations, min_side: int = 32) -> Annotations:
     """What of `annotations` is trained on: images with both sides at least `min_side` pixels, those without objects
     among them; of their objects those that are not difficult and at least one pixel wide and high, the published COCO
-    recipe. What is left out of an image is background there."""
+    recipe, or two pixels for oriented boxes, that of DOTA. What is left out of an image is background there."""
     records = []
     for record in annotations.records:
         if min(record.width, record.height) < min_side:
             continue
-        sides = record.boxes[:, 2:] - record.boxes[:, :2]  # (G, 2)
-        kept = ~record.difficult & (sides >= 1).all(axis=1) & (record.areas > 0)
+        oriented = record.boxes.shape[1] == 5
+        sides = record.boxes[:, 2:4] if oriented else record.boxes[:, 2:] - record.boxes[:, :2]  # (G, 2)
+        kept = ~record.difficult & (sides >= (2 if oriented else 1)).all(axis=1) & (record.areas > 0)
         records.append(replace(record, boxes=record.boxes[kept], labels=record.labels[kept],
                                difficult=record.difficult[kept], areas=record.areas[kept]))
     return replace(annotations, records=records)

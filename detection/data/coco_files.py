@@ -1,19 +1,23 @@
 """Reading COCO's JSON files."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.coco import LARGEST, corners_of, is_crowd, is_number, read_coco_file
 from common.images import existing_folders
 from common.runtime import UserError
 from detection.data.records import Annotations, Findings, clip, noting, record_of
+from detection.geometry.oriented import from_horizontal, minimum_area_rectangle
 
 # The two boxes of no area in the published instances_train2017.json: their image ids and near corners.
 COCO_EMPTY = {200365: [296.65, 388.33], 550395: [9.98, 188.56]}
 
 
-def read_coco(path: Path, images: str | Path | None, findings: Findings | None) -> Annotations:
+def read_coco(path: Path, images: str | Path | None, findings: Findings | None, oriented: bool) -> Annotations:
     """The Annotations of one COCO file; its classes are in ascending category id. Else as
     annotations.read_annotations."""
     content = read_coco_file(path)
@@ -35,8 +39,9 @@ def read_coco(path: Path, images: str | Path | None, findings: Findings | None) 
             where = f"{path}: annotation {entry.get('id', f'number {number}')}"
             found = _coco_object(entry, sizes, label_of, where, findings)
             if found:
-                objects[entry["image_id"]].append(found)
-    records = [record_of(place, sizes[image_id], objects[image_id], image_id) for image_id, place in places.items()]
+                objects[entry["image_id"]].append(_turned(entry, found, where) if oriented else found)
+    records = [record_of(place, sizes[image_id], objects[image_id], image_id, oriented)
+               for image_id, place in places.items()]
     return Annotations(list(content.categories.values()), records, path)
 
 
@@ -78,3 +83,46 @@ def _coco_object(entry: dict[str, Any], sizes: dict[int | str, tuple[int, int]],
         return None
     box = clip(corners, sizes[image_id], where, bbox, findings)
     return box, label_of[category], is_crowd(entry, where), area
+
+
+# ---- oriented boxes --------------------------------------------------------------------------------------------------
+
+
+def _turned(entry: dict[str, Any], found: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    """What `_coco_object` has found with an oriented box: the rectangle of least area around the object's polygons, all
+    of them together; for a crowd, whose mask is no polygon, its own box."""
+    box, label, crowd, area = found
+    if crowd:
+        rectangle = from_horizontal(torch.tensor(box))
+        return rectangle.tolist(), label, crowd, area
+    polygons = entry.get("segmentation")
+    if not isinstance(polygons, list) or not polygons or not all(map(_is_polygon, polygons)):
+        raise UserError(f"{where}: segmentation {str(polygons)[:80]}; expected polygons, [[x1, y1, x2, y2, x3, y3, ...]"
+                        ", ...] of finite numbers, that an oriented box can be put around")
+    hull = convex_hull([point for polygon in polygons for point in zip(polygon[::2], polygon[1::2], strict=True)])
+    if len(hull) < 3:
+        raise UserError(f"{where}: segmentation {str(polygons)[:80]} has no area; expected the outline of an object")
+    rectangle = minimum_area_rectangle(torch.tensor(hull, dtype=torch.float64)).tolist()
+    return rectangle, label, crowd, rectangle[2] * rectangle[3] if area is None else area
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(is_number, value))
+
+
+def convex_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the convex hull of points (x, y): two or one where they lie on a line, which has no area (Andrew's
+    monotone chain, Information Processing Letters 1979)."""
+    points = sorted(set(points))
+    return points if len(points) < 3 else _half_hull(points)[:-1] + _half_hull(points[::-1])[:-1]
+
+
+def _half_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The chain from the first to the last of sorted points that has them all on one side."""
+    chain = []
+    for x, y in points:
+        while len(chain) > 1 and ((chain[-1][0] - chain[-2][0]) * (y - chain[-2][1])
+                                  <= (chain[-1][1] - chain[-2][1]) * (x - chain[-2][0])):
+            chain.pop()
+        chain.append((x, y))
+    return chain

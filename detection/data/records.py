@@ -16,9 +16,10 @@ class Record:
     """The ground truth of one image.
 
     path: of its file. width, height: in pixels, as the annotation says. boxes: (G, 4) float32, x1 y1 x2 y2 in pixels,
-    continuous, inside the image. labels: (G,) int64, ids of classes. difficult: (G,) bool, VOC's difficult or COCO's
-    crowd: not trained on, ignored when tested. image_id: int or str, as in the file. areas: (G,) float64, COCO's own
-    `area` (of the mask), else that of the box."""
+    continuous, inside the image; or oriented boxes (G, 5) float32, see detection.geometry.oriented, which may reach
+    outside it. labels: (G,) int64, ids of classes. difficult: (G,) bool, VOC's and DOTA's difficult or COCO's crowd:
+    not trained on, ignored when tested. image_id: int or str, as in the file. areas: (G,) float64, COCO's own `area`
+    (of the mask), else that of the box."""
 
     path: Path
     width: int
@@ -42,7 +43,8 @@ class Annotations:
 
 class Findings(NamedTuple):
     """The findings of a reader that goes on after an error, in sentences. errors: each an object or image that was left
-    out. clipped: boxes that reach outside their image."""
+    out, or an object of DOTA with sides that cross. clipped: boxes that reach outside their image, horizontal ones cut
+    off there."""
 
     errors: list[str]
     clipped: list[str]
@@ -59,9 +61,11 @@ def noting(findings: Findings | None) -> Iterator[None]:
         findings.errors.append(str(error))
 
 
-def record_of(path: Path, size: tuple[int, int], objects: Sequence[tuple[Any, ...]], image_id: int | str) -> Record:
-    """A Record of an image of `size` (width, height). objects: [(box, label, difficult, area or None)]."""
-    boxes = np.array([box for box, *_ in objects], dtype=np.float32).reshape(-1, 4)
+def record_of(path: Path, size: tuple[int, int], objects: Sequence[tuple[Any, ...]], image_id: int | str,
+              oriented: bool = False) -> Record:
+    """A Record of an image of `size` (width, height). objects: [(box, label, difficult, area)]; of horizontal boxes the
+    area may be None."""
+    boxes = np.array([box for box, *_ in objects], dtype=np.float32).reshape(-1, 5 if oriented else 4)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) if area is None else area for box, _, _, area in objects]
     return Record(path, *size, boxes, np.array([label for _, label, _, _ in objects], dtype=np.int64),
                   np.array([difficult for _, _, difficult, _ in objects], dtype=bool), image_id,

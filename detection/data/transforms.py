@@ -1,4 +1,7 @@
-"""From an image file to the network's input: decoding, the resize, the flip, padding, normalisation."""
+"""From an image file to the network's input: decoding, the resize, flips, rotation, padding, normalisation.
+
+Boxes are (G, 4), x1 y1 x2 y2, or oriented (G, 5), see detection.geometry.oriented. Coordinates are continuous, so that
+mirroring takes x to W - x (of pixels counted by their centres, as some recipes have them, it would be W - 1 - x)."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +10,11 @@ from typing import Any
 
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvF
 
 from common.images import ValueRange, decode
+from detection.geometry.oriented import regularise
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of R, G, B in 0..255
 PAD_MULTIPLE = 32  # sides of a batch are multiples of it, so that the strides to 32 divide them
@@ -33,17 +38,47 @@ def target_size(height: int, width: int, short: int, long: int) -> tuple[int, in
 def resize(image: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Resize bilinearly without antialiasing, as the published recipes do, also when it shrinks.
 
-    image: (3, H, W) uint8. boxes: (G, 4) float32, x1 y1 x2 y2 in its pixels. size: (h, w). Returns (3, h, w) uint8, and
-    the boxes scaled by the true ratio of each axis, w / W and h / H, and clipped to the new image."""
+    image: (3, H, W) uint8. boxes: (G, 4) or (G, 5) float32, in its pixels. size: (h, w). Returns (3, h, w) uint8, and
+    the boxes scaled by the true ratio of each axis, w / W and h / H, and clipped to the new image. Of an oriented box
+    the centre is, and both sides by the root of the product of the two ratios; it is not clipped."""
+    if boxes.shape[-1] == 5:
+        x, y = size[1] / image.shape[-1], size[0] / image.shape[-2]
+        side = math.sqrt(x * y)
+        return tvF.resize(image, list(size), antialias=False), boxes * boxes.new_tensor([x, y, side, side, 1])
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
     boxes = tvF.clamp_bounding_boxes(tvF.resize(boxes, list(size)))
     return tvF.resize(image, list(size), antialias=False), boxes.as_subclass(torch.Tensor)
 
 
-def flip(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror left to right: x becomes W - x. image: (3, H, W). boxes: (G, 4), x1 y1 x2 y2 in pixels."""
-    boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
-    return tvF.horizontal_flip(image), tvF.horizontal_flip(boxes).as_subclass(torch.Tensor)
+def flip(image: torch.Tensor, boxes: torch.Tensor, direction: str = "horizontal") -> tuple[torch.Tensor, torch.Tensor]:
+    """Mirror an image (3, H, W) and its boxes (G, 4) or (G, 5). direction: `horizontal`, left to right; `vertical`;
+    `diagonal`, both, half a turn."""
+    if direction == "diagonal":
+        return flip(*flip(image, boxes, "horizontal"), "vertical")
+    axis = ("horizontal", "vertical").index(direction)
+    length = image.shape[-1 - axis]
+    mirrored = boxes.clone()
+    if boxes.shape[-1] == 5:
+        mirrored[:, axis] = length - boxes[:, axis]
+        mirrored[:, 4] = -boxes[:, 4]
+        mirrored = regularise(mirrored)
+    else:
+        mirrored[:, [axis, axis + 2]] = length - boxes[:, [axis + 2, axis]]
+    return image.flip(-1 - axis), mirrored
+
+
+def rotate(image: torch.Tensor, boxes: torch.Tensor, angle: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turn an image (3, H, W) uint8 and its oriented boxes (G, 5) about its centre, by `angle` in radians, clockwise as
+    theta. The image keeps its size; what comes into it has the mean colour. Returns image, boxes, and which boxes still
+    have their centre in the image, (G,) bool."""
+    height, width = image.shape[-2:]
+    middle = boxes.new_tensor([width / 2, height / 2])
+    x, y = (boxes[:, :2] - middle).unbind(1)
+    c, s = math.cos(angle), math.sin(angle)
+    centres = middle + torch.stack([c * x - s * y, s * x + c * y], dim=1)
+    turned = regularise(torch.cat([centres, boxes[:, 2:4], boxes[:, 4:] + angle], dim=1))
+    image = tvF.rotate(image, -math.degrees(angle), InterpolationMode.BILINEAR, fill=[round(mean) for mean in MEAN])
+    return image, turned, ((centres > 0) & (centres < 2 * middle)).all(dim=1)
 
 
 def pad_to_batch(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[tuple[int, int]]]:

@@ -95,6 +95,11 @@ def polygon_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _where_near(_iou_of_polygons, a, b, bounds)
 
 
+def polygon_iof(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over foreground: the part of the area of the polygons `a` that lies in `b`; as `polygon_iou`."""
+    return _where_near(_iof_of_polygons, a, b, bounds)
+
+
 def _where_near(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: torch.Tensor, b: torch.Tensor,
                 around: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """measure(a, b), broadcast, where the horizontal boxes around the two overlap, else 0; PAIRS of them at a time.
@@ -121,15 +126,18 @@ def _iou_of_boxes(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _iou_of_polygons(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(P, K, 2) and (P, L, 2) polygons -> (P,)."""
-    origin = a[:, :1]
-    a, b = a - origin, b - origin
     shared = _shared_area(a, b)
     return (shared / (_area(a) + _area(b) - shared).clamp(min=EPS)).clamp(max=1)
 
 
+def _iof_of_polygons(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(P, K, 2) and (P, L, 2) polygons -> (P,)."""
+    return (_shared_area(a, b) / _area(a).clamp(min=EPS)).clamp(max=1)
+
+
 def _area(points: torch.Tensor) -> torch.Tensor:
     """(P, K, 2) polygons -> (P,) areas."""
-    x, y = points.unbind(-1)
+    x, y = (points - points[:, :1]).unbind(-1)
     return ((x.roll(-1, 1) - x) * (y.roll(-1, 1) + y)).sum(dim=1).abs() / 2
 
 
@@ -143,6 +151,7 @@ def _shared_area(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         -1/2 sum_ij s_i s_j integral |y_i(x) - y_j(x)| dx over the x that both edges span.
 
     There is nothing to decide where edges touch or coincide: every term is continuous in the points."""
+    a, b = a - a[:, :1], b - a[:, :1]
     (a_start, a_end), (b_start, b_end) = ((points, points.roll(-1, 1)) for points in (a, b))
     a_start, a_end = a_start[:, :, None], a_end[:, :, None]  # (P, K, 1, 2)
     b_start, b_end = b_start[:, None], b_end[:, None]  # (P, 1, L, 2)

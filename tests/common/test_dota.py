@@ -8,5 +8,5 @@ def test_label_file_with_windows_line_ends_and_blank_lines(tmp_path):
     (tmp_path / "P.txt").write_bytes(b"\xef\xbb\xbfimagesource:x\r\ngsd:null\r\n\r\n1 2 3.5 2 3.5 4 1 4 ship 1\r\n")
     (found,) = read_label_file(tmp_path / "P.txt", DOTA["classes"])
     assert found.points == ((1, 2), (3.5, 2), (3.5, 4), (1, 4)) and found.difficult
-    box, label, where = horizontal_box(found.points), found.label, found.where
-    assert box == (1, 2, 3.5, 4) and DOTA["classes"][label] == "ship" and where.endswith("P.txt:4")
+    assert horizontal_box(found.points) == (1, 2, 3.5, 4)
+    assert found.name == "ship" and found.where.endswith("P.txt:4")

@@ -409,7 +409,8 @@ def test_check_data_notes_what_is_odd(tmp_path, capsys):
     (tmp_path / "images" / "c.png").write_bytes((tmp_path / "images" / "b.png").read_bytes())
     status, out = check(capsys, path)
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
-    expected = ["boxes clipped to their image: 1, the first: ", "boxes that are there more than once: 1, the first: ",
+    expected = ["boxes that reach outside their image: 1, the first: ",
+                "boxes that are there more than once: 1, the first: ",
                 "images without objects, trained on as background: 2, the first: ",
                 "classes without objects: 1, the first: ship", "the same image is 2 times in "]
     assert all(words in note for words, note in zip(expected, notes, strict=True)), notes
