@@ -193,3 +193,17 @@ def saved(content, **options):
 
 
 FILES = [saved(content, _use_new_zipfile_serialization=new) for content in SMALL for new in (True, False)]
+
+
+def write_dota(root, images, header=True):
+    """A folder of DOTA, returned. images: {name: ((width, height) or an array of pixels, lines of its label file)}."""
+    for folder in ("images", "labelTxt"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, (pixels, lines) in images.items():
+        if isinstance(pixels, tuple):
+            seed = [*name.encode()]
+            pixels = np.random.default_rng(seed).integers(0, 256, (*pixels[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{name}.png")
+        lines = ["imagesource:drawn", "gsd:null"] * header + list(lines)
+        (root / "labelTxt" / f"{name}.txt").write_text("".join(line + "\n" for line in lines))
+    return root

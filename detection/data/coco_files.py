@@ -92,18 +92,19 @@ def _turned(entry: dict[str, Any], found: tuple[Any, ...], where: str) -> tuple[
     """What `_coco_object` has found with an oriented box: the rectangle of least area around the object's polygons, all
     of them together; for a crowd, whose mask is no polygon, its own box."""
     box, label, crowd, area = found
-    if crowd:
-        rectangle = from_horizontal(torch.tensor(box))
-        return rectangle.tolist(), label, crowd, area
-    polygons = entry.get("segmentation")
+    rectangle = from_horizontal(torch.tensor(box)) if crowd else _rectangle(entry.get("segmentation"), where)
+    return rectangle.tolist(), label, crowd, float(rectangle[2] * rectangle[3]) if area is None else area
+
+
+def _rectangle(polygons: Any, where: str) -> torch.Tensor:
+    """The rectangle (5,) of least area around the polygons of a segmentation."""
     if not isinstance(polygons, list) or not polygons or not all(map(_is_polygon, polygons)):
         raise UserError(f"{where}: segmentation {str(polygons)[:80]}; expected polygons, [[x1, y1, x2, y2, x3, y3, ...]"
                         ", ...] of finite numbers, that an oriented box can be put around")
     hull = convex_hull([point for polygon in polygons for point in zip(polygon[::2], polygon[1::2], strict=True)])
     if len(hull) < 3:
         raise UserError(f"{where}: segmentation {str(polygons)[:80]} has no area; expected the outline of an object")
-    rectangle = minimum_area_rectangle(torch.tensor(hull, dtype=torch.float64)).tolist()
-    return rectangle, label, crowd, rectangle[2] * rectangle[3] if area is None else area
+    return minimum_area_rectangle(torch.tensor(hull, dtype=torch.float64))
 
 
 def _is_polygon(value: Any) -> bool:

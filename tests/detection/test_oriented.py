@@ -13,6 +13,7 @@ from detection.geometry.oriented import (
     corners,
     from_horizontal,
     minimum_area_rectangle,
+    polygon_iof,
     polygon_iou,
     regularise,
     rotated_iou,
@@ -197,6 +198,14 @@ def test_iou_of_any_quadrilaterals_is_that_of_shapely():
     assert simple.sum() > 400
     torch.testing.assert_close(polygon_iou(a, b)[simple], shapely_iou(a[simple], b[simple]), atol=1e-9, rtol=0)
     assert polygon_iou(a[:, None], b[:3]).shape == (500, 3)
+
+
+def test_intersection_over_foreground():
+    square = torch.tensor([[[0.0, 0], [4, 0], [4, 4], [0, 4]]])
+    other = square + torch.tensor([3.0, 1])
+    torch.testing.assert_close(polygon_iof(square, other), torch.tensor([3 / 16]))
+    torch.testing.assert_close(polygon_iof(square / 4 + 4, other), torch.tensor([1.0]))
+    assert polygon_iof(square[:, :1].expand(1, 4, 2), square).item() == 0  # of no area
 
 
 # ---- suppression -----------------------------------------------------------------------------------------------------
