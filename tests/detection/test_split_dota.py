@@ -8,6 +8,7 @@ import shapely
 import torch
 from PIL import Image
 
+from benchmarks import bench_oriented
 from common.dota import read_label_file
 from common.runtime import UserError
 from detection import split_dota
@@ -200,6 +201,17 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "P.png: not readable as an image" in refused(tmp_path / "P", tmp_path / "new")
     for scales in ("0", "a", "1,-1"):
         assert run(split_dota, tmp_path / "P", tmp_path / "new", "--scales", scales) == 2
+
+
+def test_the_benchmark_prints_a_table_and_writes_it(tmp_path, capsys):
+    write_dota(tmp_path / "P", {"P": ((60, 50), [SHIP])})
+    flags = ("--device", "cpu", "--repeats", 1, "--dota", tmp_path / "P", "--json", tmp_path / "bench.json")
+    assert run(bench_oriented, *flags, "--boxes", 40, 60) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row[""].split(",")[0] for row in rows] == ["rotated IoU of 40 x 100", "rotated NMS of 60",
+                                                       "windows of P.png"]
+    assert all(row["ratio"] > 0 for row in rows) and "rotated NMS of 60" in capsys.readouterr().out
+    assert run(bench_oriented, *flags, "--boxes", 0) == 2
 
 
 @pytest.mark.real_data
