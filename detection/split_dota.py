@@ -10,7 +10,7 @@ out, but for tests, where detections in them are false ones: --keep-empty. What 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -21,9 +21,8 @@ from common.images import decode, existing_folders, image_size, large_images, un
 from common.runtime import UserError, run_script
 from common.text import counted
 from common.workers import in_processes
+from detection.data.dota_files import SPLIT
 from detection.data.dota_windows import Window, plan_windows, window_labels
-
-SETTINGS = "split.json"
 
 
 class Job(NamedTuple):
@@ -80,13 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first.setdefault(image.stem, image) is not image:
             raise UserError(f"{image}: {first[image.stem]} has the same name; expected different ones")
     settings = {"size": args.size, "gap": args.gap, "scales": list(args.scales), "keep_empty": args.keep_empty}
-    check_destination(args.destination, settings)
+    begin(args.destination, settings)
     jobs = [Job(*pair, args.destination, args.size, args.gap, args.scales, args.keep_empty) for pair in files]
     cuts = []
     with tqdm(total=len(jobs), desc="cutting images", unit="image", disable=None) as bar:
         for cut in in_processes(cut_image, jobs, args.processes):
             cuts.append(cut)
             bar.update()
+    write_json(args.destination / SPLIT, {**settings, "finished": True})
     lost = [place for cut in cuts for place in cut.lost]
     print(f"{args.destination}: {counted(sum(cut.windows for cut in cuts), 'window')} of {counted(len(cuts), 'image')} "
           f"with {counted(sum(cut.objects for cut in cuts), 'object')}")
@@ -94,14 +94,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: objects that lie in no window to 70 per cent: {len(lost)}, the first: {lost[0]}")
 
 
-def check_destination(folder: Path, settings: dict[str, object]) -> None:
-    """Make the folder, with its settings. Raises UserError where it holds windows of other settings, or other data."""
-    path = folder / SETTINGS
-    if path.exists() and read_json(path) != settings:
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder; it says that it is not finished. Raises UserError where it holds windows of other settings, or
+    other data."""
+    path = folder / SPLIT
+    if path.exists() and read_json(path) not in ({**settings, "finished": True}, {**settings, "finished": False}):
         raise UserError(f"{path}: the windows here have other settings than {settings}; give another folder")
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other data; give another folder")
-    write_json(path, settings)
+    write_json(path, {**settings, "finished": False})
     for kind in ("images", "labelTxt"):
         (folder / kind).mkdir(exist_ok=True)
         remove_partials(folder / kind)

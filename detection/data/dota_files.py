@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from common.dota import DotaObject, find_dota_files, horizontal_box, read_label_file
+from common.files import read_json
 from common.images import image_size
 from common.runtime import UserError
 from detection.data.records import Annotations, Findings, Record, clip, noting, record_of
 from detection.geometry.oriented import minimum_area_rectangle
 
+SPLIT = "split.json"  # in a folder of windows: how they were cut, and whether all of them were
 LEAST_SIDE = 1e-3  # pixels; a rectangle around points on a line is no wider, after rounding
 
 
@@ -20,6 +22,9 @@ def read_dota(folder: Path, images: str | Path | None, findings: Findings | None
     annotations.read_annotations."""
     if images is not None:
         raise UserError(f"{images}: the images of {folder} are looked for in its own images/; give no folder for them")
+    split = read_json(folder / SPLIT) if (folder / SPLIT).exists() else {"finished": True}
+    if not isinstance(split, dict) or split.get("finished") is not True:
+        raise UserError(f"{folder}: detection.split_dota has not cut all windows; give its command again")
     label_of, records = {}, []
     for image, labels in find_dota_files(folder):
         with noting(findings):

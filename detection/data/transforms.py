@@ -39,8 +39,8 @@ def resize(image: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> t
     """Resize bilinearly without antialiasing, as the published recipes do, also when it shrinks.
 
     image: (3, H, W) uint8. boxes: (G, 4) or (G, 5) float32, in its pixels. size: (h, w). Returns (3, h, w) uint8, and
-    the boxes scaled by the true ratio of each axis, w / W and h / H, and clipped to the new image. Of an oriented box
-    the centre is, and both sides by the root of the product of the two ratios; it is not clipped."""
+    the boxes scaled by the true ratio of each axis, w / W and h / H, and clipped to the new image. An oriented box is
+    not clipped: its centre is scaled so, both its sides by the root of the product of the two ratios."""
     if boxes.shape[-1] == 5:
         x, y = size[1] / image.shape[-1], size[0] / image.shape[-2]
         side = math.sqrt(x * y)

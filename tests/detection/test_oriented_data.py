@@ -22,7 +22,7 @@ from detection.data.dota_files import sides_cross
 from detection.data.records import Findings
 from detection.data.transforms import MEAN, flip, resize, rotate
 from detection.geometry.oriented import corners, regularise, rotated_iou
-from tests.support import real, run_program, write_dota
+from tests.support import real, write_dota
 
 QUARTER = math.pi / 2
 UPRIGHT = "10 20 40 20 40 30 10 30"
@@ -175,13 +175,12 @@ def test_sides_that_cross_are_found():
     assert not sides_cross([(0, 0), (4, 0), (4, 0), (0, 0)])
 
 
-def test_check_data_names_every_bad_object_of_dota(tmp_path):
+def test_check_data_names_every_bad_object_of_dota(tmp_path, capsys):
     write_dota(tmp_path, {"P": ((60, 50), [f"{UPRIGHT} ship 0", "10 20 40 30 40 20 10 30 ship 0",
                                            "1 1 5 1 9 1 20 1 ship 0", "70 1 90 1 90 9 70 9 ship 0",
                                            "-9 5 20 5 20 9 -9 9 ship 0"])})
-    done = run_program("-m", "detection.check_data", tmp_path, "--oriented", "--processes", 1)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 1 and not done.stderr
+    assert check_data.main([str(tmp_path), "--oriented", "--processes", "1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert [line.split(".txt:")[1].split(": ")[0] for line in errors] == ["4", "5", "6"]
     assert "sides" in errors[0] and "no area" in errors[1] and "outside its image" in errors[2]

@@ -73,7 +73,7 @@ def test_windows_hold_their_pixels_and_objects(tmp_path):
             np.testing.assert_allclose(points, origin.points, atol=0.01)
             assert (item.name, item.difficult) == (origin.name, origin.difficult)
     assert json.loads((tmp_path / "cut" / "split.json").read_text()) == {
-        "size": 128, "gap": 32, "scales": [0.5, 1.0], "keep_empty": False}
+        "size": 128, "gap": 32, "scales": [0.5, 1.0], "keep_empty": False, "finished": True}
 
 
 @pytest.mark.parametrize("scales", ["1", "1,2"])
@@ -156,7 +156,7 @@ def test_a_killed_split_is_finished_by_the_same_command(tmp_path, monkeypatch, c
     assert run(split_dota, folder, tmp_path / "cut", *SMALL) == 2
     assert "No space left" in capsys.readouterr().err
     assert len(list((tmp_path / "cut" / "labelTxt").iterdir())) == 2
-    with pytest.raises(UserError, match="no label file"):
+    with pytest.raises(UserError, match="has not cut all windows; give its command again"):
         read_annotations(tmp_path / "cut")
     assert run(split_dota, folder, tmp_path / "cut", *SMALL) == 0
     for path in (tmp_path / "once").rglob("*.*"):
