@@ -1,10 +1,10 @@
 """DOTA's folders and label files. An object is its four points; who needs a box makes one of them."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.coco import is_name, is_number
 from common.images import image_files
 from common.runtime import UserError
 
@@ -60,7 +60,8 @@ def read_label_file(path: str | Path, classes: Sequence[str] | None = None) -> l
         if not fields or fields[0].partition(":")[0].lower() in ("imagesource", "gsd"):
             continue
         points = corner_points(fields[:8])
-        if points is None or len(fields) not in (9, 10) or not all(map(str.isdigit, fields[9:])):
+        known = len(fields) in (9, 10) and is_name(fields[8]) and all(map(str.isdigit, fields[9:]))
+        if points is None or not known:
             raise UserError(f"{where}: expected 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult', found {line[:80]!r}")
         if classes is not None and fields[8] not in classes:
             raise UserError(f"{where}: class {fields[8][:40]!r} is none of the {len(classes)} of DOTA v1.0; use the "
@@ -70,12 +71,13 @@ def read_label_file(path: str | Path, classes: Sequence[str] | None = None) -> l
 
 
 def corner_points(fields: Sequence[str]) -> tuple[tuple[float, float], ...] | None:
-    """The points ((x, y), ...) that eight fields of a line give; None for anything but eight finite numbers."""
+    """The points ((x, y), ...) that eight fields of a line give; None for anything but eight numbers that may measure
+    an image."""
     try:
         values = [float(value) for value in fields]
     except ValueError:
         return None
-    if len(values) != 8 or not all(map(math.isfinite, values)):
+    if len(values) != 8 or not all(map(is_number, values)):
         return None
     return tuple(zip(values[0::2], values[1::2], strict=True))
 

@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def scales(text: str) -> tuple[float, ...]:
     """"0.5,1.0" -> (0.5, 1.0)."""
-    numbers = tuple(sorted({float(number) for number in text.split(",")}))
+    numbers = tuple(sorted({float(f"{float(number):g}") for number in text.split(",")}))  # as in a window's name
     if not all(0.01 <= number <= 10 for number in numbers):
         raise ValueError
     return numbers

@@ -47,7 +47,11 @@ def write_submission(path: Path, detections: Mapping[str, Mapping[str, Any]], cl
 
 def read_submission(path: Path) -> dict[str, list[Detection]]:
     """{class: [Detection]} of a folder or a .zip. Raises UserError naming file and line."""
-    found = {name: _parse(content, where) for name, where, content in _files(path)}
+    found: dict[str, list[Detection]] = {}
+    for name, where, content in _files(path):
+        if name in found:
+            raise UserError(f"{where}: another file is of this class, too; expected one")
+        found[name] = _parse(content, where)
     if not found:
         raise UserError(f"{path}: no file {PREFIX}<class>{SUFFIX}; expected a folder or a .zip with one a class")
     return found

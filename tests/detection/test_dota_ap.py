@@ -191,6 +191,14 @@ def test_a_malformed_line_is_named(tmp_path, line):
     assert str(error.value).startswith(f"{tmp_path / 'Task1_ship.txt'}:3: ") and "\n" not in str(error.value)
 
 
+def test_a_class_has_one_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        for folder in "ab":
+            archive.writestr(f"{folder}/Task1_ship.txt", GOOD)
+    with pytest.raises(UserError, match="two.zip/b/Task1_ship.txt: another file is of this class"):
+        read_submission(tmp_path / "two.zip")
+
+
 def test_submissions_of_garbage_are_one_line(tmp_path):
     generator, outcomes = random.Random(0), set()
     write_submission(tmp_path / "good.zip", {}, ["ship", "plane"])

@@ -79,6 +79,8 @@ def test_parts_of_dota_are_joined_by_the_names_of_their_classes(tmp_path):
     ("70 1 90 1 90 9 70 9 ship 0", "lies outside its image"),
     ("1 2 3 4 5 6 7 ship 0", "expected 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult'"),
     ("1 2 3 4 5 6 7 nan ship 0", "expected 'x1 y1"),
+    ("1 2 3 4 5 6 7 1e300 ship 0", "expected 'x1 y1"),
+    (f"{UPRIGHT} sh\x07ip 0", "expected 'x1 y1"),
     (f"{UPRIGHT} ship no", "expected 'x1 y1"),
     (f"{UPRIGHT} ship 0 0", "expected 'x1 y1"),
 ])
