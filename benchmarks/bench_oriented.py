@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.common import finish, interleaved, parser, set_up
 from common.dota import find_dota_files
-from common.images import decode, large_images
+from common.images import decode
 from common.runtime import UserError, run_script
 from detection.geometry.oriented import corners, rotated_iou, rotated_nms
 from detection.split_dota import Job, cut_image
@@ -127,15 +127,14 @@ def cutting_row(args, device):
         image, labels = find_dota_files(args.dota or temporary)[0]
 
         def decoded():
-            with large_images():
-                return decode(image).convert("RGB")
+            return decode(image).convert("RGB")
 
         def cut():
             folder = temporary / "cut"
             shutil.rmtree(folder, ignore_errors=True)
             for name in ("images", "labelTxt"):
                 (folder / name).mkdir(parents=True)
-            cut_image(Job(image, labels, folder, 1024, 200, (1.0,), True))
+            cut_image(Job(image, labels, folder, 1024, 200, (1.0,), True, None))
 
         megapixels = np.prod(decoded().size) / 1e6
         seconds = interleaved({"cut": cut, "decoded": decoded}, args.repeats, device, warm_up=1)

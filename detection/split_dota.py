@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from common.dota import find_dota_files, read_label_file
 from common.files import atomic_path, read_json, remove_partials, write_json
-from common.images import decode, existing_folders, image_size, large_images, unreadable
+from common.images import (
+    ValueRange,
+    decode,
+    existing_folders,
+    image_size,
+    low_and_high,
+    unreadable,
+    value_range_of,
+    value_range_text,
+)
 from common.runtime import UserError, run_script
 from common.text import counted
 from common.workers import in_processes
@@ -26,7 +35,8 @@ from detection.data.dota_windows import Window, plan_windows, window_labels
 
 
 class Job(NamedTuple):
-    """An image to be cut into a folder; side, overlap and scales as plan_windows takes them."""
+    """An image to be cut into a folder; side, overlap and scales as plan_windows takes them, value_range as
+    common.images.decode does."""
 
     image: Path
     labels: Path
@@ -35,6 +45,7 @@ class Job(NamedTuple):
     overlap: int
     scales: tuple[float, ...]
     keep_empty: bool
+    value_range: ValueRange | None
 
 
 class Cut(NamedTuple):
@@ -56,6 +67,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scales", type=scales, default=(1.0,), metavar="LIST", help="images are scaled by each of these first: 1.0, "
         "or several as 0.5,1.0,1.5")
     add("--keep-empty", action="store_true", help="write windows without objects, too")
+    add("--value-range", type=low_and_high, metavar="LOW,HIGH", help="of images of more than 8 bits, the values that "
+        "become 0 and 255 (default: the lowest and the highest of all their pixels)")
     add("--processes", type=int, metavar="N", help="how many processes cut, each holding one whole image; default one "
         "a core")
     return parser.parse_args(argv)
@@ -78,9 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for image, _ in files:
         if first.setdefault(image.stem, image) is not image:
             raise UserError(f"{image}: {first[image.stem]} has the same name; expected different ones")
-    settings = {"size": args.size, "gap": args.gap, "scales": list(args.scales), "keep_empty": args.keep_empty}
+    value_range = value_range_of([image for image, _ in files], args.value_range, args.processes)
+    settings = {"size": args.size, "gap": args.gap, "scales": list(args.scales), "keep_empty": args.keep_empty,
+                "value_range": value_range and list(value_range)}
     begin(args.destination, settings)
-    jobs = [Job(*pair, args.destination, args.size, args.gap, args.scales, args.keep_empty) for pair in files]
+    jobs = [Job(*pair, args.destination, args.size, args.gap, args.scales, args.keep_empty, value_range)
+            for pair in files]
     cuts = []
     with tqdm(total=len(jobs), desc="cutting images", unit="image", disable=None) as bar:
         for cut in in_processes(cut_image, jobs, args.processes):
@@ -90,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lost = [place for cut in cuts for place in cut.lost]
     print(f"{args.destination}: {counted(sum(cut.windows for cut in cuts), 'window')} of {counted(len(cuts), 'image')} "
           f"with {counted(sum(cut.objects for cut in cuts), 'object')}")
+    if value_range:
+        print(f"note: {value_range_text(value_range)}")
     if lost:
         print(f"note: objects that lie in no window to 70 per cent: {len(lost)}, the first: {lost[0]}")
 
@@ -116,11 +134,10 @@ def cut_image(job: Job) -> Cut:
     planned = [window for window in planned if window.objects or job.keep_empty]
     missing = [window for window in planned if not all(path.exists() for path in _files_of(window, job.folder))]
     if missing:
-        with large_images():
-            try:
-                whole = decode(job.image)
-            except Exception as error:  # a damaged file can make a decoder raise any exception
-                raise UserError(f"{job.image}: {unreadable(error)}") from None
+        try:
+            whole = decode(job.image, job.value_range)
+        except Exception as error:  # a damaged file can make a decoder raise any exception
+            raise UserError(f"{job.image}: {unreadable(error)}") from None
         for window in missing:
             image, labels = _files_of(window, job.folder)
             with atomic_path(image) as temporary:

@@ -73,7 +73,8 @@ def test_windows_hold_their_pixels_and_objects(tmp_path):
             np.testing.assert_allclose(points, origin.points, atol=0.01)
             assert (item.name, item.difficult) == (origin.name, origin.difficult)
     assert json.loads((tmp_path / "cut" / "split.json").read_text()) == {
-        "size": 128, "gap": 32, "scales": [0.5, 1.0], "keep_empty": False, "finished": True}
+        "size": 128, "gap": 32, "scales": [0.5, 1.0], "keep_empty": False, "value_range": None,
+        "finished": True}
 
 
 @pytest.mark.parametrize("scales", ["1", "1,2"])
@@ -117,6 +118,17 @@ def test_windows_without_objects_are_kept_for_tests_alone(tmp_path):
     assert len(read_annotations(tmp_path / "all", oriented=True).records) == 6
 
 
+def test_images_of_more_than_8_bits_are_cut_by_one_range_of_values(tmp_path, capsys):
+    values = np.linspace(0, 3000, 60 * 50).reshape(50, 60).astype(np.uint16)
+    write_dota(tmp_path / "P", {"P": (values, [SHIP]), "Q": (np.minimum(values, 1000), [SHIP])})
+    assert run(split_dota, tmp_path / "P", tmp_path / "cut", *SMALL) == 0
+    assert "the values 0 to 3000 become 0 to 255" in capsys.readouterr().out
+    assert [np.asarray(Image.open(tmp_path / "cut" / "images" / f"{name}__1__0___0.png")).max() for name in "PQ"] == [
+        255, 85]
+    assert run(split_dota, tmp_path / "P", tmp_path / "given", *SMALL, "--value-range", "0,1000") == 0
+    assert np.asarray(Image.open(tmp_path / "given" / "images" / "Q__1__0___0.png")).max() == 255
+
+
 def test_an_image_smaller_than_a_window_stays_as_it_is(tmp_path):
     write_dota(tmp_path / "P", {"P": ((50, 40), [SHIP])})
     run(split_dota, tmp_path / "P", tmp_path / "cut", *SMALL)
@@ -132,7 +144,7 @@ def test_what_is_there_is_not_cut_again(tmp_path, monkeypatch):
     files = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*.*")}
     assert len(files) == 25
     decoded, decode = [], split_dota.decode
-    monkeypatch.setattr(split_dota, "decode", lambda path: decoded.append(path.name) or decode(path))
+    monkeypatch.setattr(split_dota, "decode", lambda path, *more: decoded.append(path.name) or decode(path, *more))
     (tmp_path / "cut" / "labelTxt" / "Q__1__96___0.txt").unlink()
     partial = tmp_path / "cut" / "images" / ".Q__1__0___0.png.123.partial"
     partial.write_bytes(b"of a killed process")
