@@ -131,7 +131,7 @@ def initialise(network: ResNet50, init: str) -> tuple[str, dict[str, Any] | None
     if init == "none":
         return "random weights", None
     if init == "imagenet":
-        return _load_imagenet(network, imagenet_state(50), "ImageNet"), None
+        return _load_imagenet(network, imagenet_state("resnet50"), "ImageNet"), None
     state, description = read_weights(init)
     if getattr(state.get("conv1.weight"), "shape", ())[1:2] == (3,):
         return _load_imagenet(network, state, init), None

@@ -122,7 +122,7 @@ def main(argv=None):
                         "the largest of --batch-sizes")
     rows = measure(inference_network(network, device), images, args, device)
     kind = f"{len(images)} images" if images else f"noise of {args.height}x{args.width}"
-    finish(args, device, f"detection on {kind}, ResNet-{description['model']['depth']}, "
+    finish(args, device, f"detection on {kind}, {network.backbone.name}, "
            f"{len(description['classes'])} classes, {args.suppression}", rows)
 
 

@@ -11,7 +11,7 @@ from common.images import ValueRange, is_value_range, value_range_entry
 from common.runtime import UserError
 from detection.data.transforms import MEAN, STD
 from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
-from detection.network.backbone import DEPTHS
+from detection.network.backbone import is_backbone
 from detection.network.detector import HEADS, Architecture, Detector
 
 # The entries of a checkpoint's metadata and their kinds.
@@ -51,8 +51,8 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
     with torch.device("meta"):  # names and shapes alone: a small file may claim to be a huge network
-        expected = Detector(*arguments).state_dict()
-    check_entries(path, state, expected, f"a detector on ResNet-{model['depth']}")
+        expected = Detector(*arguments)
+    check_entries(path, state, expected.state_dict(), f"a detector on {expected.backbone.name}")
     network = Detector(*arguments)
     network.load_state_dict(state)
     return network.eval(), description
@@ -76,7 +76,8 @@ def is_description(value: Any) -> bool:
     numbers = [each for part in (*fixed, value["epoch"]) for each in (part if isinstance(part, list) else [part])]
     small = all(type(number) in (int, float) and -1e9 < number < 1e9 for number in numbers)
     return (in_range and small and model["channels"] % 32 == 0
-            and type(model.get("depth")) is int and model["depth"] in DEPTHS and type(model.get("quality")) is bool
+            and is_backbone(model.get("depth"), model.get("backbone", "resnet"), model.get("dcn", "none"))
+            and type(model.get("quality")) is bool
             and model.get("head", "gfl") in tuple(HEADS)
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
             and is_value_range(preprocessing.get("value_range"))

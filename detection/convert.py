@@ -3,9 +3,10 @@
     python -m detection.convert gfl_r50_fpn_1x_coco.pth runs/coco/gfl_r50.pt
     python -m detection.convert latest.pth runs/mine/teacher.pt --classes names.txt --short 640 --long 1000
 
-ResNet-18, 34, 50 or 101 with its stride in the 3x3 convolutions, pyramid from P3 to P7. Sizes are taken from the
-weights, names of classes from the file, if it has them, or from --classes. The result can be tested, published, and be
-a teacher.
+ResNet-18, 34, 50 or 101 with its stride in the 3x3 convolutions, ResNeXt-50 or 101 (32x4d), Res2Net-50 or 101 (26w x
+4s), these also with deformable convolutions (DCNv2) in c3 to c5 or c4 to c5; pyramid from P3 to P7. Sizes are taken
+from the weights, names of classes from the file, if it has them, or from --classes. The result can be tested,
+published, and be a teacher.
 
 A file that holds more than tensors and plain types is not read, as that could run code. Where mmdetection is installed
 and the file is trusted, its state_dict alone can be saved again."""
@@ -25,11 +26,11 @@ from common.files import check_entries, is_stored_whole, list_lines, load_checkp
 from common.runtime import UserError, run_script
 from detection.checkpoint import RANGES, describe_model, describe_preprocessing, is_description
 from detection.geometry.anchors import STRIDES
-from detection.network.backbone import DEPTHS
+from detection.network.backbone import DCN, DEPTHS, backbone_name, is_backbone
 from detection.network.detector import Architecture, Detector
 
-# Ours, as a pattern, and theirs. The ResNet has the same names in both; `head.scales` is one entry for all levels here,
-# and one for each there.
+# Ours, as a pattern, and theirs. The backbone has the same names in both; `head.scales` is one entry for all levels
+# here, and one for each there.
 NAMES = (
     (r"neck\.lateral\.(\d)", r"neck.lateral_convs.\1.conv"),
     (r"neck\.output\.(\d)", r"neck.fpn_convs.\1.conv"),
@@ -89,8 +90,6 @@ def read_mmdet(path: str | Path) -> tuple[dict[str, torch.Tensor], list[Any] | N
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or not is_stored_whole(value):
             raise UserError(f"{path}: {name[:80]} is no dense tensor of numbers; expected a state dict")
-        if re.search(r"conv2?_offset", name):
-            raise UserError(f"{path}: holds {name[:80]}; deformable convolutions are not supported yet")
     return state, named_classes(content.get("meta"))
 
 
@@ -108,22 +107,37 @@ def named_classes(meta: Any) -> list[Any] | None:
 def read_architecture(state: Mapping[str, torch.Tensor], path: str | Path) -> tuple[Architecture, int]:
     """(Architecture, number of classes) that a state dict of mmdetection has by its names and shapes.
 
-    Raises UserError if it is no GFL detector, or on another ResNet than ours."""
+    Raises UserError if it is no GFL detector, or on another backbone than ours."""
     for name in (CLASSIFY, REGRESS):
         if name not in state or state[name].ndim != 4:
             raise UserError(f"{path}: lacks {name}; expected a GFL, GFocal V2 or LD detector of mmdetection")
-    blocks = count(state, "backbone.layer3.{}.conv1.weight")
-    bottleneck = "backbone.layer3.0.conv3.weight" in state
-    depths = [depth for depth, (block, numbers, _) in DEPTHS.items()
-              if (numbers[2], block is Bottleneck) == (blocks, bottleneck)]
-    if not depths:
-        raise UserError(f"{path}: its backbone has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in "
-                        f"layer3; expected a ResNet-{', '.join(map(str, DEPTHS))}")
     num_classes, channels = state[CLASSIFY].shape[:2]
     if QUALITY in state:
         num_classes -= 1  # see without_background
-    return Architecture(depths[0], channels, count(state, "bbox_head.cls_convs.{}.conv.weight"),
-                        len(state[REGRESS]) // 4 - 1, QUALITY in state), num_classes
+    return Architecture(channels=channels, tower_convs=count(state, "bbox_head.cls_convs.{}.conv.weight"),
+                        reg_max=len(state[REGRESS]) // 4 - 1, quality=QUALITY in state,
+                        **read_backbone(state, path)), num_classes
+
+
+def read_backbone(state: Mapping[str, torch.Tensor], path: str | Path) -> dict[str, Any]:
+    """The fields of an Architecture that describe the backbone of a state dict of mmdetection.
+
+    Raises UserError if it is another than ours."""
+    blocks, bottleneck = count(state, "backbone.layer3.{}.conv1.weight"), "backbone.layer3.0.conv3.weight" in state
+    family = "res2net" if "backbone.layer1.0.convs.0.weight" in state else "resnet"
+    if getattr(state.get("backbone.layer1.0.conv2.weight"), "shape", ())[1:2] == (4,):  # channels of a group
+        family = "resnext"
+    deformable = (re.match(r"backbone\.(layer\d)\..*\.conv_offset\.", name) for name in state)
+    layers = tuple(sorted({match[1] for match in deformable if match}))
+    for depth, (block, numbers, _) in DEPTHS.items():
+        for dcn in DCN:
+            if ((numbers[2], block is Bottleneck, DCN[dcn]) == (blocks, bottleneck, layers)
+                    and is_backbone(depth, family, dcn)):
+                return {"depth": depth, "backbone": family, "dcn": dcn}
+    raise UserError(f"{path}: its backbone has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in layer3 and "
+                    f"deformable convolutions in {', '.join(layers) or 'no layer'}; expected a ResNet-"
+                    f"{', '.join(map(str, DEPTHS))}, or of bottlenecks also a ResNeXt or Res2Net and deformable "
+                    "convolutions in layer2 to layer4 or in layer3 and layer4")
 
 
 def without_background(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -203,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = checkpoint["description"]
     model = description["model"]
     head = "GFL with quality (GFocal V2)" if model["quality"] else "GFL"
-    print(f"{args.output}: {head} on ResNet-{model['depth']}, "
+    print(f"{args.output}: {head} on {backbone_name(model['depth'], model['backbone'], model['dcn'])}, "
           f"{len(description['classes'])} classes, {len(checkpoint['model'])} entries")
 
 

@@ -187,8 +187,7 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
     frozen = settings.frozen and settings.init != "none"
     network = Detector(num_classes, method.architecture(settings), frozen)
     if not is_resumed(settings):
-        say(f"initialised: ResNet-{settings.depth} with "
-            f"{initialise(network.backbone, settings.depth, settings.init)}")
+        say(f"initialised: {network.backbone.name} with {initialise(network.backbone, settings.init)}")
     companions = method.companions(num_classes, settings)
     for trained in (network, *companions.values()):
         trained.to(device, memory_format=torch.channels_last)

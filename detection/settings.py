@@ -11,7 +11,7 @@ from common.flags import check_range, check_test_flags, epochs_list, parse_flags
 from common.images import low_and_high
 from common.runtime import UserError
 from detection.geometry.suppression import SUPPRESSIONS
-from detection.network.backbone import DEPTHS
+from detection.network.backbone import DCN, DEPTHS, FAMILIES, is_backbone
 
 # What the published schedules have in common are the defaults of Settings. Epochs are counted from 1, and lr_steps are
 # those that BEGIN with a lower learning rate: "12 epochs, steps 8 and 11" of a config are (9, 12) here.
@@ -46,10 +46,12 @@ class Settings:
                                                  "that --train lies in, {stage} for that of the stage")
     recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
         f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
-    init: str = setting("imagenet", "what the ResNet starts from: imagenet, a file, or none")
-    frozen: bool = setting(True, "fine-tune the published way: the ResNet's stem, layer1 and batch-norm statistics "
+    init: str = setting("imagenet", "what the backbone starts from: imagenet, a file, or none")
+    frozen: bool = setting(True, "fine-tune the published way: the backbone's stem, layer1 and batch-norm statistics "
                                  "stay as they are; with --init none nothing ever does")
-    depth: int = setting(50, "of the ResNet", choices=tuple(DEPTHS))
+    backbone: str = setting("resnet", "ResNet, ResNeXt (32x4d) or Res2Net (26w x 4s)", choices=tuple(FAMILIES))
+    depth: int = setting(50, "of the backbone; 50 or 101 for all but the plain ResNet", choices=tuple(DEPTHS))
+    dcn: str = setting("none", "the stages of the backbone with deformable convolutions (DCNv2)", choices=tuple(DCN))
     channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32, at least 64")
     tower_convs: int = setting(4, "convolutions of each tower of the head")
     epochs: int = setting(12, "passes over the training images")
@@ -139,6 +141,9 @@ def check_ranges(settings: Settings) -> None:
     low, high = settings.short
     if not 32 <= low <= high <= 1e5:
         raise UserError(f"--short {low},{high}: expected one side of 32 to 100000 pixels, or two, the smaller first")
+    if not is_backbone(settings.depth, settings.backbone, settings.dcn):
+        raise UserError(f"--backbone {settings.backbone} --dcn {settings.dcn} --depth {settings.depth}: expected "
+                        "--depth 50 or 101; 18 and 34 are of the plain ResNet alone")
     if settings.channels % 32:
         raise UserError(f"--channels {settings.channels}: expected a multiple of 32, the groups of the group norms")
 

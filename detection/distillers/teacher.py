@@ -24,8 +24,7 @@ def load_teacher(path: str | Path, student: dict[str, Any], device: torch.device
         check_pair(student, description, shared)
     except UserError as error:
         raise UserError(f"--teacher {path}: {error}") from None
-    say(f"teacher: {path}, {description['stage']} at epoch {description['epoch']}, "
-        f"ResNet-{description['model']['depth']}")
+    say(f"teacher: {path}, {description['stage']} at epoch {description['epoch']}, {teacher.backbone.name}")
     teacher = fold_batch_norm(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     if precision == "bf16":
         cast_convolutions(teacher, torch.bfloat16)

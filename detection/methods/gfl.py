@@ -29,7 +29,8 @@ class GFLSettings(Settings):
 
 def architecture(settings: GFLSettings) -> Architecture:
     """The detector that the settings describe."""
-    return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, settings.quality)
+    return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, settings.quality,
+                        backbone=settings.backbone, dcn=settings.dcn)
 
 
 def assign(step: Step) -> Targets:

@@ -1,1 +1,1 @@
-"""The detector: ResNet, feature pyramid, head."""
+"""The detector: backbone, feature pyramid, head."""

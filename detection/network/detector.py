@@ -1,4 +1,4 @@
-"""The detector: ResNet, feature pyramid, head."""
+"""The detector: backbone, feature pyramid, head."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,14 @@ from detection.network.pyramid import FeaturePyramid
 class Architecture:
     """The parts of a detector, as plain values that its checkpoints hold. The defaults are the published ones."""
 
-    depth: int = 50  # of the ResNet
+    depth: int = 50  # of the backbone
     channels: int = 256  # of pyramid and towers
     tower_convs: int = 4  # convolutions of each tower
     reg_max: int = 16  # R: the largest distance to a side, in strides
     quality: bool = False  # GFocal V2's quality branch
     head: str = "gfl"  # of HEADS
+    backbone: str = "resnet"  # of FAMILIES
+    dcn: str = "none"  # of DCN: where the backbone is deformable
 
 
 def gfl_head(num_classes: int, architecture: Architecture) -> GFLHead:
@@ -33,14 +35,14 @@ HEADS = {"gfl": gfl_head}  # the heads that a checkpoint may name, as functions 
 
 
 class Detector(nn.Module):
-    """ResNet, feature pyramid, and the head that the Architecture names.
+    """Backbone, feature pyramid, and the head that the Architecture names.
 
-    num_classes: C. architecture: Architecture. frozen: fine-tune the ResNet the published way (see Backbone)."""
+    num_classes: C. architecture: Architecture. frozen: fine-tune the backbone the published way (see Backbone)."""
 
     def __init__(self, num_classes: int, architecture: Architecture, frozen: bool = False):
         super().__init__()
         self.num_classes, self.architecture = num_classes, architecture
-        self.backbone = Backbone(architecture.depth, frozen)
+        self.backbone = Backbone(architecture.depth, frozen, architecture.backbone, architecture.dcn)
         self.neck = FeaturePyramid(self.backbone.out_channels, architecture.channels)
         self.head = HEADS[architecture.head](num_classes, architecture)
 

@@ -272,17 +272,18 @@ def having(name, value):
     (having("neck.fpn_convs.4.conv.bias", torch.ones(3)),
      "neck.fpn_convs.4.conv.bias has shape (3,); expected (64,)"),
     (having("backbone.layer4.0.conv2.conv_offset.weight", torch.ones(27, 9, 3, 3)),
-     "holds backbone.layer4.0.conv2.conv_offset.weight; deformable convolutions are not supported yet"),
-    (having("backbone.layer2.0.conv2_offset.bias", torch.ones(18)), "deformable convolutions are not supported yet"),
+     "has 2 basic blocks in layer3 and deformable convolutions in layer4; expected a ResNet-18, 34, 50, 101, or "),
+    (having("backbone.layer2.0.conv2_offset.bias", torch.ones(18)),
+     "holds the unknown backbone.layer2.0.conv2_offset.bias; "),
     (having("backbone.layer3.2.conv1.weight", torch.ones(256, 256, 3, 3)),
-     "has 3 basic blocks in layer3; expected a ResNet-18, 34, 50, 101"),
+     "has 3 basic blocks in layer3 and deformable convolutions in no layer; expected a ResNet-18, 34, 50, 101"),
     (having("neck.lateral_convs.0.conv.bias", torch.ones(64).to_sparse()),
      "neck.lateral_convs.0.conv.bias is no dense tensor"),
     (having("neck.lateral_convs.0.conv.bias", torch.ones(1).expand(64)),
      "neck.lateral_convs.0.conv.bias is no dense tensor"),
     (having("hook", "a text"), "hook is no dense tensor of numbers"),
     (having("bbox_head.gfl_reg.weight", torch.ones(8, 64, 3, 3)),
-     "reg_max=1, quality=False, head='gfl'); expected at most 10000"),
+     "reg_max=1, quality=False, head='gfl', backbone='resnet', dcn='none'); expected at most 10000"),
 ])
 def test_what_is_missing_unknown_or_misshapen_is_named(plain_state, given, tmp_path, capsys, change, complaint):
     path = given({"state_dict": change(plain_state), "meta": {"CLASSES": NAMES}})

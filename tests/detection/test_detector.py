@@ -287,13 +287,13 @@ def assert_holds(backbone, state):
 
 def test_no_weights_leave_the_backbone_alone(backbone):
     before = copy.deepcopy(backbone.state_dict())
-    assert initialise(backbone, 18, "none") == "random weights"
+    assert initialise(backbone, "none") == "random weights"
     assert_holds(backbone, before)
 
 
 def test_a_file_of_torchvision(backbone, torchvisions, tmp_path):
     path = saved(torchvisions, tmp_path / "resnet18-f37072fd.pth")
-    assert initialise(backbone, 18, path) == f"120 entries from {path}"
+    assert initialise(backbone, path) == f"120 entries from {path}"
     assert_holds(backbone, torchvisions)
 
 
@@ -301,7 +301,7 @@ def test_imagenet_weights_as_torchvision_has_them(backbone, torchvisions, monkey
     """Those from before num_batches_tracked was counted are without it."""
     kind = type(ResNet18_Weights.IMAGENET1K_V1)
     monkeypatch.setattr(kind, "get_state_dict", lambda self, **options: without(torchvisions, "num_batches_tracked"))
-    assert initialise(backbone, 18, "imagenet") == "120 entries from imagenet"
+    assert initialise(backbone, "imagenet") == "120 entries from imagenet"
     assert_holds(backbone, torchvisions)
 
 
@@ -311,7 +311,7 @@ def test_imagenet_out_of_reach_says_what_to_do(backbone, monkeypatch):
 
     monkeypatch.setattr(type(ResNet18_Weights.IMAGENET1K_V1), "get_state_dict", refuse)
     with pytest.raises(UserError, match=r"could not be fetched \(no network\).*resnet18-.*--init FILE.*--init none"):
-        initialise(backbone, 18, "imagenet")
+        initialise(backbone, "imagenet")
 
 
 def test_weights_that_do_not_fit_are_named(backbone, torchvisions, tmp_path):
@@ -331,7 +331,7 @@ def test_weights_that_do_not_fit_are_named(backbone, torchvisions, tmp_path):
     for complaint, state in cases.items():
         path = saved(state, tmp_path / "odd.pth")
         with pytest.raises(UserError, match=complaint) as error:
-            initialise(backbone, 18, path)
+            initialise(backbone, path)
         assert path in str(error.value) and "\n" not in str(error.value)
     assert_holds(backbone, before)
 
@@ -341,11 +341,11 @@ def test_files_that_hold_no_weights(backbone, torchvisions, tmp_path):
     with open(path, "r+b") as file:
         file.truncate(100_000)
     with pytest.raises(UserError, match=r"cut\.pth: not a usable checkpoint \(truncated"):
-        initialise(backbone, 18, path)
+        initialise(backbone, path)
     with pytest.raises(UserError, match=r"absent\.pth: no such checkpoint"):
-        initialise(backbone, 18, str(tmp_path / "absent.pth"))
+        initialise(backbone, str(tmp_path / "absent.pth"))
     with pytest.raises(UserError, match="not a state dict"):
-        initialise(backbone, 18, saved([torch.zeros(3)], tmp_path / "list.pth"))
+        initialise(backbone, saved([torch.zeros(3)], tmp_path / "list.pth"))
 
 
 def test_a_recognition_network_sees_the_grey_of_the_colours(tmp_path):
@@ -356,7 +356,7 @@ def test_a_recognition_network_sees_the_grey_of_the_colours(tmp_path):
     state = grey_network.state_dict()
     path = saved({"model": state, "description": {"stage": "baseline"}}, tmp_path / "best.pt")
     backbone = Backbone(50, frozen=True).eval()
-    assert initialise(backbone, 50, path) == f"318 entries from {path} (its grey stem sees the grey of the colours)"
+    assert initialise(backbone, path) == f"318 entries from {path} (its grey stem sees the grey of the colours)"
     for name, value in backbone.state_dict().items():
         assert name in ("conv1.weight", "bn1.running_mean") or torch.equal(value, state[name])
     pixels = torch.randint(0, 256, (1, 3, 40, 48), generator=torch.Generator().manual_seed(7)).float()

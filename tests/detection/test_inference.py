@@ -219,11 +219,14 @@ def test_a_detector_comes_back_as_it_was_saved(network, tmp_path):
         assert torch.equal(found(images).logits, network(images).logits)
 
 
-def test_a_checkpoint_that_names_no_head_has_that_of_gfl(network, tmp_path):
+def test_a_checkpoint_that_names_neither_head_nor_backbone_has_those_of_gfl_on_a_resnet(network, tmp_path):
     said = description(network.architecture)
-    del said["model"]["head"]
+    for younger in ("head", "backbone", "dcn"):
+        del said["model"][younger]
     found, _ = load_detector(checkpoint(tmp_path / "final.pt", network.state_dict(), said))
-    assert found.architecture == network.architecture and network.architecture.head == "gfl"
+    architecture = network.architecture
+    assert found.architecture == architecture
+    assert (architecture.head, architecture.backbone, architecture.dcn) == ("gfl", "resnet", "none")
 
 
 @pytest.mark.parametrize("changes", [
@@ -231,7 +234,8 @@ def test_a_checkpoint_that_names_no_head_has_that_of_gfl(network, tmp_path):
     {"epoch": "3"}, {"model": None}, {"preprocessing": []}, {"model__depth": 19}, {"model__depth": "18"},
     {"model__channels": 100}, {"model__channels": 1 << 40}, {"model__channels": 64.0}, {"model__tower_convs": -1},
     {"model__tower_convs": 1000}, {"model__reg_max": 3}, {"model__reg_max": True}, {"model__quality": 1},
-    {"model__head": "rcnn"}, {"model__head": ["gfl"]},
+    {"model__head": "rcnn"}, {"model__head": ["gfl"]}, {"model__backbone": "vit"}, {"model__backbone": ["resnet"]},
+    {"model__dcn": "c2-c5"}, {"model__dcn": True}, {"model__backbone": "resnext"}, {"model__dcn": "c3-c5"},
     {"preprocessing__short": 0}, {"preprocessing__long": None}, {"preprocessing__long": 10**9},
     {"model__anchor_scale": torch.ones(2)}, {"model__strides": [torch.ones(2)] * 5}, {"model__strides": None},
     {"preprocessing__mean": torch.ones(3)}, {"preprocessing__value_range": [2047, 0]},
