@@ -20,8 +20,8 @@ class ModulatedDeformConv2d(DeformConv2d):
     """A 3x3 convolution that samples its input at learned places (DCNv2: Zhu et al., CVPR 2019, eq. 1).
 
     y(p) = sum_k w_k * m_k(p) * x(p + p_k + d_k(p)), bilinear between pixels, over the 9 places p_k of the kernel. The
-    offsets d (dy, dx of each place, in pixels) and the modulations m in 0..1 are a convolution of the input. It starts
-    at zero: with d = 0 and m = 1/2 everywhere.
+    offsets d (dy, dx of each place, in pixels) and the modulations m, sigmoids, are a convolution of the input, which
+    starts at zero: d = 0 and m = 1/2.
 
     plain: the nn.Conv2d to replace, whose weights it takes over."""
 
@@ -34,7 +34,7 @@ class ModulatedDeformConv2d(DeformConv2d):
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (N, in_channels, H, W). Returns (N, out_channels, H', W') in the precision of x."""
+        """x: (N, in_channels, H, W). Returns (N, out_channels, H', W') in the precision of x; computes in fp32, as the
+        operator has no bf16 on a CPU."""
         offsets, modulations = self.conv_offset(x).float().split((18, 9), dim=1)
-        with torch.autocast(x.device.type, enabled=False):  # on a CPU the operator has no bf16
-            return super().forward(x.float(), offsets, modulations.sigmoid()).to(x.dtype)
+        return super().forward(x.float(), offsets, modulations.sigmoid()).to(x.dtype)
