@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,20 +38,20 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     """A copy of `network` for inference alone: each batch norm, with its running statistics, is part of the convolution
     before it. In fp32 the logits stay the same up to rounding; on a CPU it saves about a third of the time."""
     network = copy.deepcopy(network).eval()
-    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    for name, norm in norms.items():
-        before = convolution_before(name)
-        folded = fuse_conv_bn_eval(network.get_submodule(before), norm)
-        for place, module in ((before, folded), (name, nn.Identity())):
-            parent, _, child = place.rpartition(".")
-            setattr(network.get_submodule(parent), child, module)
+    modules: dict[str, Any] = dict(network.named_modules())
+    for name, norm in modules.items():
+        if isinstance(norm, nn.BatchNorm2d):
+            before = convolution_before(name)
+            for place, module in ((before, fuse_conv_bn_eval(modules[before], norm)), (name, nn.Identity())):
+                parent, _, child = place.rpartition(".")
+                setattr(modules[parent], child, module)
     return network
 
 
 def convolution_before(norm: str) -> str:
     """The name of the convolution before a batch norm of that name: layer1.0.conv2 of layer1.0.bn2, convs.2 of bns.2,
     and in a sequence 0 of 1."""
-    if re.search(r"\bbns?\b|\bbn\d", norm):
+    if re.search(r"\bbn", norm):
         return re.sub(r"\bbn", "conv", norm)
     parent, _, number = norm.rpartition(".")
     return f"{parent}.{int(number) - 1}"
