@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from common.charts import optional_picture
 from common.images import ValueRange, low_and_high, value_range_of, value_range_text
 from common.runtime import UserError, run_script
 from dataset import GROUPS, SPLITS, DatasetInfo, class_counts, read_info, read_split, write_dataset
@@ -264,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes.append(value_range_text(value_range))
     info, lists = write(destination, source, lists, groups, rule, value_range, args)
     counts = print_table(info, {split: [label for _, label in samples] for split, samples in lists.items()})
-    draw_class_counts(info, counts, destination / "class_counts.png")
+    with optional_picture(destination / "class_counts.png") as path:
+        draw_class_counts(info, counts, path)
     for note in notes:
         print(f"note: {note}")
     print(f"{destination}: {info.name} is ready; its long tail: {destination / 'class_counts.png'}")

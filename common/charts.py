@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+DPI = 110
+LARGEST_SIDE = 40.0  # of a figure, in inches; matplotlib draws no picture of more than 65,535 pixels a side
+
+
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, its size in inches."""
+    """An empty figure, its size in inches, at most LARGEST_SIDE each."""
     # Imported late: it takes half a second, and only a chart needs it. No pyplot, so no window and no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(min(width, LARGEST_SIDE), min(height, LARGEST_SIDE)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -36,10 +40,12 @@ def as_label(name: str, width: int = 40) -> str:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are drawn as boxes
-        figure.savefig(temporary, format="png", dpi=110)
+    """Write a figure as PNG, atomically. Prints one note where the font lacks letters, which are drawn as boxes."""
+    with atomic_path(path) as temporary, warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        figure.savefig(temporary, format="png", dpi=DPI)
+    if any("missing from font" in str(warning.message) for warning in raised):  # matplotlib warns of each letter
+        say(f"note: {path}: the font lacks letters of some names, which are drawn as boxes")
 
 
 @contextlib.contextmanager

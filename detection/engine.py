@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common.charts import optional_picture
 from common.files import read_json_lines, save_checkpoint, sha256_of
 from common.flags import check_output
 from common.images import ValueRange, value_range_entry, value_range_of, value_range_text
@@ -145,7 +146,8 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
         run_folder.record(identity, run.description)
         train_epochs(run, trained_form(run), run.batches, train_step, finish_epoch)
         if rank() == 0:
-            pictures.draw_curves(read_json_lines(folder / "log.jsonl"), folder / "curves.png")
+            with optional_picture(folder / "curves.png") as path:
+                pictures.draw_curves(read_json_lines(folder / "log.jsonl"), path)
         test(settings, folder / "final.pt", device)
 
 

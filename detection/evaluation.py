@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.charts import optional_picture
 from common.files import read_json, sha256_of, write_json
 from common.flags import check_test_output
 from common.images import ValueRange
@@ -134,9 +135,12 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
           f"{results['ms_per_image']} ms an image of {'x'.join(map(str, results['cost_image_size']))} ({precision}, "
           f"{results['device']})", flush=True)
     write_json(folder / "results.json", results)
-    pictures.draw_precision_recall(curves, folder / "precision_recall.png")
-    draw_sheet(annotations, found, folder / "detections.png", preprocessing.get("value_range"))
-    print(f"written: {folder / 'results.json'}, precision_recall.png, detections.png", flush=True)
+    with optional_picture(folder / "precision_recall.png") as path:
+        pictures.draw_precision_recall(curves, path)
+    with optional_picture(folder / "detections.png") as path:
+        draw_sheet(annotations, found, path, preprocessing.get("value_range"))
+    drawn = [name for name in ("precision_recall.png", "detections.png") if (folder / name).is_file()]
+    print(f"written: {', '.join([str(folder / 'results.json'), *drawn])}", flush=True)
     return results
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from common.charts import new_figure, save_figure
+from common.charts import as_label, new_figure, save_figure
 from common.files import atomic_path
 from detection.data.records import Record
 from detection.geometry.oriented import circumscribed
@@ -26,6 +26,7 @@ DASHES = ("-", "--", ":", "-.")
 NO_LOSS = ("epoch", "lr", "seconds", "images_per_second")  # in a log
 SHEET_IMAGES, SHEET_COLUMNS, SHEET_SCORE = 12, 4, 0.3
 TILE_WIDTH, CAPTION, GAP, TEXT = 420, 22, 8, 13  # pixels
+MOST_IN_LEGEND = 100  # classes of a chart
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -238,22 +239,23 @@ def _styles() -> Iterator[dict[str, str]]:
 
 
 def draw_precision_recall(curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]], path: Path) -> None:
-    """Precision over recall of every class, the best class first in the legend.
+    """Precision over recall of every class, the best class first in the legend, which names MOST_IN_LEGEND at most.
 
     curves: {class: (recall (D,), precision (D,), AP)} as voc_ap and coco_ap return them. path: of the PNG."""
-    columns = math.ceil(len(curves) / 25)
+    columns = math.ceil(min(len(curves), MOST_IN_LEGEND) / 25)
     figure = new_figure(6.2 + 1.9 * columns, 5)
     axes = figure.add_subplot()
     order = sorted(curves, key=lambda name: -curves[name][2])
     for style, name in zip(_styles(), order, strict=False):
         recall, precision, ap = curves[name]
         recall = [0, *recall, np.max(recall, initial=0)]  # from the axis, and down to it again
-        axes.plot(recall, envelope(np.pad(precision, 1)), label=f"{100 * ap:.1f}  {name}", drawstyle="steps-pre",
-                  linewidth=1.4, **style)
+        axes.plot(recall, envelope(np.pad(precision, 1)), label=f"{100 * ap:.1f}  {as_label(name)}",
+                  drawstyle="steps-pre", linewidth=1.4, **style)
     axes.set(xlim=(0, 1.005), ylim=(0, 1.005), xlabel="recall", ylabel="best precision at this recall or a higher one")
     axes.grid(alpha=0.3)
     if curves:
-        figure.legend(loc="outside right upper", ncols=columns, fontsize=8, title="AP50, class")
+        figure.legend(handles=axes.lines[:MOST_IN_LEGEND], loc="outside right upper", ncols=columns, fontsize=8,
+                      title="AP50, class")
     save_figure(figure, path)
 
 

@@ -20,6 +20,7 @@ from recognition.settings import judged_on
 GROUP_COLOURS = {"head": "#0072B2", "middle": "#E69F00", "tail": "#D55E00"}
 ROW_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#333333")  # baseline, rivals, student
 READABLE_CLASSES = 120  # at most for counts in a confusion matrix; with more classes it has colours alone
+MOST_NAMES = 400  # along the side of a picture
 Row = dict[str, tuple[float, float, list[float]]]  # {measure: (mean, deviation, values of the seeds)}
 SUMMARY = ("overall", *GROUPS, *(f"{group}_class_mean" for group in GROUPS), "mean_per_class")
 
@@ -176,6 +177,13 @@ def comparison_table(table: dict[str, Row], seeds: int) -> str:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
+def named_classes(count: int) -> tuple[range, float]:
+    """The positions 0..count-1 that are named along the side of a picture, of very many every second, third, ...; and
+    the size of the names in points."""
+    positions = range(0, count, -(-count // MOST_NAMES))
+    return positions, min(7, 2000 / len(positions))
+
+
 def draw_class_counts(info: DatasetInfo, counts: dict[str, np.ndarray], path: Path) -> None:
     """Bars of the training images of each class, the largest first, in the colours of head, middle and tail.
 
@@ -189,7 +197,8 @@ def draw_class_counts(info: DatasetInfo, counts: dict[str, np.ndarray], path: Pa
         at = [x for x, c in enumerate(order) if group_of_class[c] == number]
         heights = [totals[order[x]] for x in at]
         axes.bar(at, heights, color=GROUP_COLOURS[group], label=f"{group}: {len(at)} classes, {sum(heights)} images")
-    axes.set_xticks(range(len(order)), [as_label(info.classes[c]) for c in order], rotation=60, ha="right", fontsize=7)
+    named, size = named_classes(len(order))
+    axes.set_xticks(named, [as_label(info.classes[order[x]]) for x in named], rotation=60, ha="right", fontsize=size)
     if max(totals) > 100 * max(min(totals), 1):
         axes.set_yscale("log")
     axes.set_ylabel("training images")
@@ -201,7 +210,7 @@ def draw_class_counts(info: DatasetInfo, counts: dict[str, np.ndarray], path: Pa
 def draw_confusion(results: dict[str, Any], path: Path) -> None:
     """Draw the confusion matrix: rows are true classes, scaled to sum 1, their names in the colour of their group."""
     ids = [row["id"] for row in results["per_class"]]
-    side = min(max(5.0, 0.32 * len(ids) + 2.5), 40)
+    side = max(5.0, 0.32 * len(ids) + 2.5)
     figure = new_figure(side, side)
     axes = figure.add_subplot()
     rows = [[results["confusion"][true][predicted] for predicted in ids] for true in ids]
@@ -213,12 +222,11 @@ def draw_confusion(results: dict[str, Any], path: Path) -> None:
             if count:
                 axes.text(x, y, str(count), ha="center", va="center", fontsize=6,
                           color="white" if shares[y][x] > 0.5 else "black")
-    names = [as_label(row["name"]) for row in results["per_class"]]
-    counted = [f"{as_label(row['name'])} ({row['train']})" for row in results["per_class"]]
-    size = min(7, 2000 / len(ids))  # points
-    axes.set_xticks(range(len(ids)), names, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(ids)), counted, fontsize=size)
-    for label, row in zip(axes.get_yticklabels(), results["per_class"], strict=True):
+    named, size = named_classes(len(ids))
+    of_names = [results["per_class"][position] for position in named]
+    axes.set_xticks(named, [as_label(row["name"]) for row in of_names], rotation=90, fontsize=size)
+    axes.set_yticks(named, [f"{as_label(row['name'])} ({row['train']})" for row in of_names], fontsize=size)
+    for label, row in zip(axes.get_yticklabels(), of_names, strict=True):
         label.set_color(GROUP_COLOURS[row["group"]])
     axes.set_xlabel("predicted")
     axes.set_ylabel("true class (training images)")
@@ -266,9 +274,11 @@ def draw_comparison(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             values.append(100 * mean(of_class) if of_class else math.nan)
         axes.bar([x - 0.4 + width * (number + 0.5) for x in range(len(rows))], values, width, label=name,
                  color=colours[number])
-    axes.set_xticks(range(len(rows)), [f"{as_label(row['name'])} ({row['train']})" for row in rows], rotation=60,
-                    ha="right", fontsize=7)
-    for label, row in zip(axes.get_xticklabels(), rows, strict=True):
+    named, size = named_classes(len(rows))
+    of_names = [rows[position] for position in named]
+    axes.set_xticks(named, [f"{as_label(row['name'])} ({row['train']})" for row in of_names], rotation=60, ha="right",
+                    fontsize=size)
+    for label, row in zip(axes.get_xticklabels(), of_names, strict=True):
         label.set_color(GROUP_COLOURS[row["group"]])
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, per cent")

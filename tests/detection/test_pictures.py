@@ -192,6 +192,17 @@ def test_charts_are_drawn(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_class_names_are_no_formulas_and_a_legend_is_of_bounded_size(tmp_path, monkeypatch):
+    curves = {f"cost $\\frac$ {i}": (np.array([0.5]), np.array([1.0]), 0.5) for i in range(6)}
+    pictures.draw_precision_recall(curves, tmp_path / "x.png")
+    assert opened(tmp_path / "x.png").width < 1000
+    monkeypatch.setattr(pictures, "MOST_IN_LEGEND", 4)
+    figures = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    pictures.draw_precision_recall(curves, tmp_path / "x.png")
+    assert len(figures[0].axes[0].lines) == 6 and len(figures[0].legends[0].get_texts()) == 4
+
+
 def test_precision_recall_is_drawn_as_its_envelope(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.runtime import UserError
 from demo.draw_scenes import write_demo
-from detection import compare, engine, train_gfl, train_ld
+from detection import compare, engine, pictures, test, train_gfl, train_ld
 from detection.data import batches
 from detection.data.annotations import read_annotations
 from detection.engine import Run, learning_rate, train_step
@@ -24,7 +24,7 @@ from detection.methods.ld import LD, LDSettings
 from detection.metrics.coco_ap import coco_ap
 from detection.network.detector import Architecture, Detector
 from detection.settings import RECIPES, Settings, parse_settings
-from tests.support import QUICK_DETECTOR, real, run_detector, run_program
+from tests.support import QUICK_DETECTOR, real, run_detector, run_program, run_tool
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,21 @@ def test_a_run_leaves_its_files(runs):
     assert [row["name"] for row in results["per_class"]] == ["plane", "ship", "storage_tank"]
     for key in ("AP", "AP50", "AP75", "weights_sha256", "parameters", "flops", "device", "precision", "versions"):
         assert results[key] is not None, key
+
+
+def test_pictures_that_fail_are_notes_and_leave_the_numbers(runs, scenes, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("no such symbol")
+
+    for name in ("draw_precision_recall", "draw_sheet"):
+        monkeypatch.setattr(pictures, name, fail)
+    assert run_tool(test, "--weights", runs / "teacher" / "final.pt", "--test", scenes / "test.json", "--output",
+                    tmp_path, "--device", "cpu", "--workers", "0") == 0
+    assert os.listdir(tmp_path) == ["results.json"]
+    output = capsys.readouterr().out
+    for name in ("precision_recall.png", "detections.png"):
+        assert f"note: {tmp_path / name} was not drawn (no such symbol)\n" in output
+    assert output.endswith(f"written: {tmp_path / 'results.json'}\n")
 
 
 def test_the_log_has_every_loss_term_and_their_sum(runs):

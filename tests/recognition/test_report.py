@@ -90,7 +90,7 @@ def size_of(path):
 
 
 @pytest.mark.parametrize("names", ODD_NAMES)
-def test_class_names_are_drawn_as_they_are(tmp_path, names, recwarn):
+def test_class_names_are_drawn_as_they_are(tmp_path, names, recwarn, capsys):
     results = results_of()
     results = {**results, "dataset": names[0], "per_class": [
         {**row, "name": name} for row, name in zip(results["per_class"], names, strict=True)]}
@@ -99,6 +99,10 @@ def test_class_names_are_drawn_as_they_are(tmp_path, names, recwarn):
     report.draw_class_counts(dataclasses.replace(INFO, name=names[0], classes=names),
                              {"train": [90, 4, 30, 7], "val": [0] * 4}, tmp_path / "class_counts.png")
     assert size_of(tmp_path / "confusion.png") == (550, 550) and not [w for w in recwarn if "Glyph" in str(w.message)]
+    missing = any("船" in name for name in names)
+    assert capsys.readouterr().out == "".join(
+        f"note: {tmp_path / name}.png: the font lacks letters of some names, which are drawn as boxes\n"
+        for name in ("confusion", "comparison", "class_counts") if missing)
 
 
 @pytest.mark.parametrize("name", ["plain", "$a$", r"\$", r"\\$x$", "a$b", "_$_", "$$"])
@@ -120,6 +124,22 @@ def test_a_confusion_matrix_of_many_classes_is_of_bounded_size(tmp_path):
                **report.accuracies(confusion, info, list(range(130)), [1] * 130)}
     report.draw_confusion(results, tmp_path / "confusion.png")
     assert size_of(tmp_path / "confusion.png") == (4400, 4400)
+
+
+def test_other_pictures_of_many_classes_are_of_bounded_size(tmp_path, monkeypatch):
+    """1,000 bars would be 39,820 pixels wide; matplotlib draws 65,535 at most."""
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    ids = list(range(1000))
+    info = dataclasses.replace(INFO, classes=list(map(str, ids)), groups={"head": ids, "middle": [], "tail": []})
+    report.draw_class_counts(info, {"train": ids, "val": ids}, tmp_path / "class_counts.png")
+    assert figures[0].get_size_inches().tolist() == [40, 4] and len(figures[0].axes[0].get_xticklabels()) == 334
+
+
+@pytest.mark.parametrize("count, named, size", [(1, 1, 7), (23, 23, 7), (400, 400, 5), (401, 201, 7), (1000, 334, 6)])
+def test_of_very_many_classes_some_are_named(count, named, size):
+    positions, points = report.named_classes(count)
+    assert len(positions) == named and points == pytest.approx(size, abs=0.05) and 0 <= positions[-1] < count
 
 
 def test_comparison_is_mean_and_sample_deviation():
