@@ -174,6 +174,13 @@ def _identity(path: str) -> Any:
         return os.path.normpath(path)
 
 
+def folder_of_list(path: Path) -> Path:
+    """The folder that the paths in a list are relative to: for a list of a data set that of its images, for any other
+    its own."""
+    of_dataset = path.stem in SPLITS and (path.parent / "dataset.json").is_file()
+    return read_info(path.parent).images if of_dataset else path.parent
+
+
 def class_counts(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
     """(num_classes,) int64 array: the number of `labels` of each class."""
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes)

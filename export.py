@@ -12,6 +12,9 @@ packages of requirements-export.txt.
 `publish` writes NAME-12345678.pt: weights and description alone, with the first digits of the file's SHA-256 in its
 name. The weights may be a checkpoint (best.pt, last.pt) or the authors' released files."""
 
+from common.runtime import UserError, run_script  # before torch: Ctrl-C during the imports is no error
+
+# isort: split
 import argparse
 import io
 import json
@@ -23,9 +26,8 @@ from torch import nn
 
 from common.files import atomic_path, publish_checkpoint, sha256_of, without_paths
 from common.images import ValueRange, decode_squares, find_images
-from common.runtime import UserError, run_script
 from common.weights import fold_batch_norm
-from dataset import network_input
+from dataset import folder_of_list, network_input
 from recognition.exported import METADATA, LogitsFunction, read_exported, require_packages, require_torch
 from recognition.inference import load_classifier
 from resnet50 import ResNet50
@@ -128,7 +130,7 @@ def export(args: argparse.Namespace) -> None:
     network, description = load_classifier(args.weights, args.data_root, args.image_size)
     size = description["preprocessing"]["image_size"]
     value_range = description["preprocessing"].get("value_range")
-    images = read_images(find_images(args.images)[:CHECKED], size, value_range)
+    images = read_images(find_images(args.images, folder_of_list)[:CHECKED], size, value_range)
     description = json.dumps({
         **without_paths(description), "weights_sha256": sha256_of(args.weights),
         "input": f"images: uint8 (batch, 1, {size}, {size}), grey; mean and std are applied inside",

@@ -4,25 +4,31 @@
     python predict.py --weights baselinestuweight_alpha_29 list.txt --csv predictions.csv --top 5
     python predict.py --weights runs/FGSC-23/student/best.onnx my_images/
 
-A list is a text file (.txt) with one path a line, relative to its own folder; a label after the path is ignored.
+A list is a text file (.txt) with one path a line, relative to its own folder; a label after the path is ignored. The
+lists of a data set, as its test.txt, are relative to the folder of its images.
 Checkpoints of this project bring their class names and image size, and so do the files that export.py made of them,
 which run here on the CPU in fp32. Released weights of the authors have neither: files of 23 classes are taken for
 FGSC-23, of 15 for DOTA, at 224 pixels; --data-root names another data set. An image that cannot be read is reported
 and skipped, and makes the exit status 1."""
 
+from common.runtime import UserError, run_script  # before torch: Ctrl-C during the imports is no error
+
+# isort: split
 import argparse
+import contextlib
 import csv
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 
-from common.files import atomic_path, write_json
+from common.files import check_output_file, write_json
 from common.images import decode_squares, find_images, low_and_high, range_to_predict_with
-from common.runtime import UserError, run_script
 from common.workers import in_processes
+from dataset import folder_of_list
 from recognition.inference import Classifier, open_classifier
 
 
@@ -55,20 +61,13 @@ def most_probable(classifier: Classifier, images: list[torch.Tensor], top: int) 
             for ids_of_image, probabilities_of_image in zip(ids.tolist(), probabilities.tolist(), strict=True)]
 
 
-def write_csv(path: str, rows: list[dict[str, Any]], top: int) -> None:
-    """Write one line an image: path, class and probability, then the next most probable classes and probabilities."""
-    header = ["path", "class", "probability"]
-    header += [f"{name}_{number}" for number in range(2, top + 1) for name in ("class", "probability")]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in rows:
-            if "error" in row:
-                continue
-            cells = [row["path"]]
-            for prediction in row["predictions"]:
-                cells += [prediction["class"], f"{prediction['probability']:.6f}"]
-            writer.writerow(cells)
+def open_csv(path: str, top: int) -> TextIO:
+    """A CSV file with its header: path, class and probability, then the next most probable classes and probabilities.
+    Each row is on disk at once. Bytes of a path that are not UTF-8 are written as \\udc.. escapes."""
+    file = open(path, "w", newline="", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
+    header = [f"{name}_{number}" for number in range(2, top + 1) for name in ("class", "probability")]
+    csv.writer(file).writerow(["path", "class", "probability", *header])
+    return file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,35 +75,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
     parser.add_argument("--weights", required=True, help="checkpoint of this project, released weights, or a "
                         "file that export.py made of them (.onnx, .pt2)")
-    parser.add_argument("--csv", metavar="FILE", help="also write path, class, probability, ... of each image")
-    parser.add_argument("--json", metavar="FILE", help="also write all predictions, and unreadable images")
+    parser.add_argument("--csv", metavar="FILE", help="also write path, class, probability, ... of each image, row by "
+                        "row")
+    parser.add_argument("--json", metavar="FILE", help="also write all predictions, and unreadable images, at the end")
     parser.add_argument("--data-root", help="data set whose class names to use, for weights that hold none")
     parser.add_argument("--image-size", type=int, help="default: the training size of the checkpoint, or 224")
     parser.add_argument("--value-range", type=low_and_high, metavar="LOW,HIGH", help="of images of more than 8 bits, "
                         "the values that become black and white (default: as in training)")
-    parser.add_argument("--top", type=int, default=3, help="number of classes for each image, most probable first")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto")
+    parser.add_argument("--top", type=int, default=3, help="number of classes for each image, most probable first "
+                        "(default: 3)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--precision", default="auto", help="fp32, bf16 or auto (default: auto)")
     args = parser.parse_args(argv)
     if args.top < 1 or not 32 <= (args.image_size or 32) <= 4096:
         raise UserError("--top must be at least 1 and --image-size 32 to 4096")
+    for output in filter(None, (args.csv, args.json)):
+        check_output_file(output)
 
     classifier = open_classifier(args.weights, args.data_root, args.image_size, args.device, args.precision)
     classes = classifier.classes
-    top, rows, files = min(args.top, len(classes)), [], find_images(args.images)
+    files, top, rows = find_images(args.images, folder_of_list), min(args.top, len(classes)), []
     value_range = range_to_predict_with(files, args.value_range, classifier.value_range)
-    for file, ranking, reason in predict(classifier._replace(value_range=value_range), files, top):
-        if reason:
-            print(f"{file}: {reason}", file=sys.stderr)
-            rows.append({"path": str(file), "error": reason})
-            continue
-        rows.append({"path": str(file), "predictions": [
-            {"id": class_id, "class": classes[class_id], "probability": value} for class_id, value in ranking]})
-        print(f"{file}: " + ", ".join(f"{classes[class_id]} {value:.3f}" for class_id, value in ranking))
-    if args.csv:
-        write_csv(args.csv, rows, top)
-    if args.json:
-        write_json(args.json, rows)
+    with contextlib.ExitStack() as outputs:  # what was predicted before Ctrl-C or an error is kept
+        if args.json:
+            outputs.callback(write_json, args.json, rows)
+        table = csv.writer(outputs.enter_context(open_csv(args.csv, top))) if args.csv else None
+        for file, ranking, reason in predict(classifier._replace(value_range=value_range), files, top):
+            if reason:
+                print(f"{file}: {reason}", file=sys.stderr)
+                rows.append({"path": str(file), "error": reason})
+                continue
+            rows.append({"path": str(file), "predictions": [
+                {"id": class_id, "class": classes[class_id], "probability": value} for class_id, value in ranking]})
+            print(f"{file}: " + ", ".join(f"{classes[class_id]} {value:.3f}" for class_id, value in ranking))
+            if table:
+                cells = [(classes[class_id], f"{value:.6f}") for class_id, value in ranking]
+                table.writerow([file, *itertools.chain.from_iterable(cells)])
     return int(any("error" in row for row in rows))
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path}: could not be written ({reason}); what was there before is untouched")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output_file(path: str | Path) -> None:
+    """Raise UserError where a file could not be written: to be called before the work whose result it will hold."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; expected the name of a file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: could not be written ({error.strerror})") from None
 
 
 def remove_partials(folder: str | Path, pattern: str = "*") -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +82,21 @@ def images_below(folder: str | Path) -> tuple[list[Path], list[Path]]:
     return sorted(images), sorted(others)
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
+def find_images(paths: Iterable[str | Path],
+                folder_of_list: Callable[[Path], Path] = lambda path: path.parent) -> list[Path]:
     """Every image among `paths`, in a stable order. A path is an image, a folder to search recursively, or a list
-    (.txt). Raises UserError for a path that does not exist, and if there is no image at all."""
+    (.txt) of paths relative to its `folder_of_list`, with or without a label behind them. Raises UserError for a path
+    that does not exist, and if there is no image at all."""
     sources = [Path(path) for path in paths]
     images: list[Path] = []
     for path in sources:
         if path.is_dir():
             images += images_below(path)[0]
         elif path.suffix.lower() == ".txt" and path.is_file():
+            folder = folder_of_list(path)
             for _, line in list_lines(path):
-                name, _, label = line.rpartition(" ")
-                images.append(path.parent / (name if name and label.isdigit() else line))
+                name, label = (line.rsplit(maxsplit=1) + [""])[:2]
+                images.append(folder / (name if label.isdigit() else line))
         elif path.is_file():
             images.append(path)
         else:

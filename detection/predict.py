@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.files import atomic_path, write_json
+from common.files import atomic_path, check_output_file, write_json
 from common.images import find_images, low_and_high, range_to_predict_with, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
@@ -120,6 +120,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if an image could not be read, else 0."""
     args = parse(argv)
+    if args.json:
+        check_output_file(args.json)
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
     network, description = load_detector(args.weights)

@@ -186,6 +186,7 @@ def test_predict_refuses_what_it_cannot_use(weights, tmp_path, capsys):
     for flags, complaint in (
             (("--weights", weights, image, "--least-score", "1.5"), "--least-score 1.5: expected 0 to 1"),
             (("--weights", weights, tmp_path / "absent"), "absent: no such file or folder"),
+            (("--weights", weights, image, "--json", tmp_path), f"{tmp_path}: is a folder; expected the name of a fil"),
             (("--weights", tmp_path / "other.pt", image), "other.pt: not a detector of this project")):
         assert run(predict, *flags, *CPU) == 2
         assert complaint in error_line(capsys)
