@@ -28,6 +28,14 @@ def test_a_user_error_is_one_line_and_status_2(capsys):
     assert exit_.value.code == 2 and capsys.readouterr().err == "error: wrong: two lines\n"
 
 
+@pytest.mark.parametrize("command", ["baseline_cl_t2.py", "run_all.py", "predict.py", "export.py",
+                                     "-m detection.train_gfl"])
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path, command):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = run_program(*command.split(), env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode in (130, -2) and (done.stdout, done.stderr) == ("", "interrupted\n")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
