@@ -32,7 +32,8 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="student", group="all", teachers=("t1", "t2", "t3"), targets=own_teacher)
+STAGE = Stage(name="student", group="all", teachers=("t1", "t2", "t3"), targets=own_teacher,
+              released={"init": "none", "lr_steps": (53,), "sampler": "self-calibrated"})
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

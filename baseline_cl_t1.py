@@ -22,7 +22,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="t1", group="head")
+STAGE = Stage(name="t1", group="head", released={"init": "none"})
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

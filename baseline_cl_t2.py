@@ -26,7 +26,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="t2", group="middle", teachers=("t1",), targets=each_teacher)
+STAGE = Stage(name="t2", group="middle", teachers=("t1",), targets=each_teacher, released={"init": "none"})
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

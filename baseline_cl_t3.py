@@ -27,7 +27,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="t3", group="tail", teachers=("t1", "t2"), targets=each_teacher)
+STAGE = Stage(name="t3", group="tail", teachers=("t1", "t2"), targets=each_teacher, released={"init": "none"})
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

@@ -26,7 +26,7 @@ SETTINGS = Settings(
     seed=0,
 )
 
-STAGE = Stage(name="baseline", group="all")
+STAGE = Stage(name="baseline", group="all", released={"init": "imagenet"})
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

@@ -14,7 +14,7 @@ SETTINGS = replace(
     data_root="data/DOTA",  # made by prepare_dataset.py
 )
 
-STAGE = replace(STAGE, script_prefix="dota_")
+STAGE = replace(STAGE, script_prefix="dota_", released={**STAGE.released, "init": "imagenet"})
 
 if __name__ == "__main__":
     run_stage(STAGE, SETTINGS, __doc__)

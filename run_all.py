@@ -21,22 +21,31 @@ import baseline_cl_t1
 import baseline_cl_t2
 import baseline_cl_t3
 import baseline_resnet50
+import dota_baseline_cl_s_weight
+import dota_baseline_cl_t1
+import dota_baseline_cl_t2
+import dota_baseline_cl_t3
+import dota_baseline_resnet50
 from common.charts import optional_picture
 from common.files import atomic_path, read_json, write_json
-from common.flags import add_flags
+from common.flags import add_flags, flag_text, with_flags
 from common.runtime import UserError, resolve_device, run_script, say
-from common.training import is_finished
+from common.training import is_extended, is_finished
 from recognition import report
 from recognition.engine import check_run
 from recognition.job_queue import Job, run_jobs, slots
-from recognition.settings import Settings, parse_settings, unused_settings
+from recognition.settings import Settings, parse_settings, released, unused_settings
 
 # Flags of a single stage, and flags that this script sets itself.
 NOT_PASSED_ON = ("output", "seed", "init", "t1", "t2", "t3", "sampler", "train", "loss", "logit_adjustment",
                  "distillation", "test_only", "weights", "expect_accuracy")
 
-STAGES = ("baseline", "t1", "t2", "t3", "student")
-# Settings of baseline_resnet50.py, which trains each rival from the finished baseline for as many steps as the student.
+STAGES = {"baseline": baseline_resnet50, "t1": baseline_cl_t1, "t2": baseline_cl_t2, "t3": baseline_cl_t3,
+          "student": baseline_cl_s_weight}
+DOTA_STAGES = {"baseline": dota_baseline_resnet50, "t1": dota_baseline_cl_t1, "t2": dota_baseline_cl_t2,
+               "t3": dota_baseline_cl_t3, "student": dota_baseline_cl_s_weight}
+# Settings of the baseline's script, which trains each rival from the finished baseline, for as many steps as the
+# student.
 RIVALS = {
     "class_aware": {"sampler": "class-aware"},
     "balanced_softmax": {"loss": "balanced-softmax"},
@@ -65,6 +74,8 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of all the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each seed")
+    parser.add_argument("--dota", action="store_true", help="run the dota_ scripts: data/DOTA by default, and with "
+                        "--recipe released the starts of the authors' scripts for DOTA")
     parser.add_argument("--init", help="initial weights of the baseline: none, imagenet or a file (default: as in its "
                         "script)")
     parser.add_argument("--yardsticks", action="store_true", help="also train the student's rivals, from the finished "
@@ -88,59 +99,64 @@ def as_flags(values: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            flags += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+            flags += [flag, flag_text(value)]
     return flags
 
 
 # ---- the jobs --------------------------------------------------------------------------------------------------------
 
 
-def jobs_of(seed: int, folder: Path, init: str | None, given: dict[str, Any]) -> list[Job]:
+def jobs_of(seed: int, folder: Path, init: str | None, given: dict[str, Any],
+            stages: dict[str, ModuleType] = STAGES) -> list[Job]:
     """All jobs of one seed, each after the jobs that it needs.
 
-    given: the settings to be passed on to every stage that uses them."""
+    given: the settings to be passed on to every stage that uses them. stages: their scripts."""
     best = {name: folder / name / "best.pt" for name in ("baseline", *ALONE)}
-    student = baseline_cl_s_weight.SETTINGS
-    as_student = {name: given.get(name, getattr(student, name)) for name in ("epochs", "lr_steps")}
+    student = with_flags(stages["student"].SETTINGS, given, {"released": released(stages["student"].STAGE)})
+    as_student = {name: getattr(student, name) for name in ("epochs", "lr_steps")}
     teachers = ("baseline", "t1", "t2", "t3")
 
-    def job(name: str, script: ModuleType, needs: tuple[str, ...], **own: Any) -> Job:
+    def job(name: str, stage: str, needs: tuple[str, ...], **own: Any) -> Job:
+        script = stages[stage]
         unused = unused_settings(script.STAGE)
         passed_on = {setting: value for setting, value in given.items() if setting not in unused}
         flags = as_flags({**passed_on, **own, "seed": seed, "output": folder / name})
         return Job(folder / name, script, flags, tuple(folder / need for need in needs))
 
     return [
-        job("baseline", baseline_resnet50, (), **({"init": init} if init else {})),
-        job("t1", baseline_cl_t1, teachers[:1]),
-        job("t2", baseline_cl_t2, teachers[:2]),
-        job("t3", baseline_cl_t3, teachers[:3]),
-        job("student", baseline_cl_s_weight, teachers),
-        *(job(name, baseline_resnet50, ("baseline",), init=best["baseline"], **as_student, **own)
+        job("baseline", "baseline", (), **({"init": init} if init else {})),
+        job("t1", "t1", teachers[:1]),
+        job("t2", "t2", teachers[:2]),
+        job("t3", "t3", teachers[:3]),
+        job("student", "student", teachers),
+        *(job(name, "baseline", ("baseline",), init=best["baseline"], **as_student, **own)
           for name, own in RIVALS.items()),
-        job("t2_alone", baseline_cl_t2, ("baseline",), distillation=False),
-        job("t3_alone", baseline_cl_t3, ("baseline",), distillation=False),
-        job("student_no_hierarchy", baseline_cl_s_weight, ("baseline", "t1", *ALONE), t2=best["t2_alone"],
-            t3=best["t3_alone"]),
-        job("student_class_aware", baseline_cl_s_weight, teachers, sampler="class-aware"),
-        job("student_one_teacher", baseline_cl_s_weight, ("baseline",),
-            **dict.fromkeys(("t1", "t2", "t3"), best["baseline"])),
-        job("student_balanced_softmax", baseline_cl_s_weight, teachers, loss="balanced-softmax"),
+        job("t2_alone", "t2", ("baseline",), distillation=False),
+        job("t3_alone", "t3", ("baseline",), distillation=False),
+        job("student_no_hierarchy", "student", ("baseline", "t1", *ALONE), t2=best["t2_alone"], t3=best["t3_alone"]),
+        job("student_class_aware", "student", teachers, sampler="class-aware"),
+        job("student_one_teacher", "student", ("baseline",), **dict.fromkeys(("t1", "t2", "t3"), best["baseline"])),
+        job("student_balanced_softmax", "student", teachers, loss="balanced-softmax"),
     ]
 
 
-def wanted(output: Path, seeds: list[int], yardsticks: bool, ablations: bool) -> set[str]:
-    """The names of the folders that a comparison needs: the rows that the flags ask for, and every other row that an
-    earlier run has finished for all seeds."""
+def wanted(jobs: list[Job], yardsticks: bool, ablations: bool) -> list[Job]:
+    """Those of all jobs that a comparison needs: the rows that the flags ask for, and what an earlier run has finished
+    of other rows."""
     names = {*STAGES, *(RIVALS if yardsticks else ()), *((*ALONE, *ABLATIONS) if ablations else ())}
-    for name in [name for name in ROWS if name not in names]:
-        finished = [(output / f"seed{seed}" / name / "results.json").exists() for seed in seeds]
-        if all(finished):
-            names.add(name)
-        elif any(finished):
+    return [job for job in jobs if job.folder.name in names
+            or job.folder.name in ROWS and (job.folder / "results.json").exists()]
+
+
+def rows_of(jobs: list[Job], seeds: list[int]) -> dict[str, list[Path]]:
+    """{folder name: [results.json of each seed]} of the rows of the table; prints a note where some seeds are
+    missing."""
+    rows = {name: [job.folder / "results.json" for job in jobs if job.folder.name == name] for name in ROWS}
+    for name, row in rows.items():
+        if 0 < len(row) < len(seeds):
             flag = "--yardsticks" if name in RIVALS else "--ablations"
-            say(f"note: {ROWS[name]} is not finished for every seed and will not be in the table; {flag} finishes it")
-    return names
+            say(f"note: {ROWS[name]} is there for {len(row)} of {len(seeds)} seeds; {flag} trains the others")
+    return {name: row for name, row in rows.items() if row}
 
 
 def finished_already(job: Job) -> bool:
@@ -148,6 +164,9 @@ def finished_already(job: Job) -> bool:
     lists or its folder: the error of the stage itself, before the stages that come first have taken their hours."""
     settings, _ = parse_settings(job.script.STAGE, job.script.SETTINGS, "", job.flags)
     check_run(job.script.STAGE, settings, resolve_device(settings.device))
+    if is_extended(settings):
+        raise UserError(f"{job.folder}: holds a run of fewer epochs than {settings.epochs}, which other stages may "
+                        "have learned from; give another --output, or extend this stage by its own script")
     return is_finished(settings)
 
 
@@ -155,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     output, seeds, init, at_once = (given.pop(name) for name in ("output", "seeds", "init", "jobs"))
     yardsticks, ablations = given.pop("yardsticks"), given.pop("ablations")
+    stages = DOTA_STAGES if given.pop("dota") else STAGES
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: expected different seeds")
     if at_once < 1:
@@ -162,15 +182,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(output)
     if (output / "comparison.json").exists() and not given.get("resume"):
         raise UserError(f"{output}: holds a comparison already; go on with it by --resume, or give another --output")
-    names = wanted(output, seeds, yardsticks, ablations)
-    jobs = [job for seed in seeds for job in jobs_of(seed, output / f"seed{seed}", init, given)
-            if job.folder.name in names]
+    jobs = wanted([job for seed in seeds for job in jobs_of(seed, output / f"seed{seed}", init, given, stages)],
+                  yardsticks, ablations)
+    rows = rows_of(jobs, seeds)
     finished = {job.folder for job in jobs if finished_already(job)}
     environments = slots(at_once, given.get("device", "auto"))
     say(f"{len(jobs)} stages, {len(finished)} of them finished already; {len(environments)} at once")
     run_jobs(jobs, environments, finished)
-    paths = {name: [output / f"seed{seed}" / name / "results.json" for seed in seeds] for name in ROWS if name in names}
-    compare(output, paths, seeds)
+    compare(output, rows, seeds)
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
@@ -201,11 +220,14 @@ def read_comparable(paths: list[Path]) -> dict[Path, dict[str, Any]]:
 def compare(output: Path, paths: dict[str, list[Path]], seeds: list[int]) -> None:
     """Write and print the comparison of the finished runs.
 
-    paths: {folder name: [results.json of each seed]}, in the order of the rows."""
+    paths: {folder name: [results.json of each seed]}, in the order of the rows; some seeds of a rival or an ablation
+    may be missing, which its name then says."""
     results = read_comparable([path for row in paths.values() for path in row])
-    runs = {ROWS[name]: [results[path] for path in row] for name, row in paths.items()}
+    complete = {name for name, row in paths.items() if len(row) == len(seeds)}
+    runs = {ROWS[name] + ("" if name in complete else f" ({len(row)} of {len(seeds)} seeds)"):
+            [results[path] for path in row] for name, row in paths.items()}
     table = report.comparison(runs)
-    student, rivals = ROWS["student"], [ROWS[name] for name in RIVALS if name in paths]
+    student, rivals = ROWS["student"], [ROWS[name] for name in RIVALS if name in complete]
     best_rival = max(rivals, key=lambda name: table[name]["mean_per_class"][0], default=None)
     paired = report.paired_differences(table[student], table[best_rival]) if rivals else {}
     first = runs["baseline"][0]
@@ -213,9 +235,9 @@ def compare(output: Path, paths: dict[str, list[Path]], seeds: list[int]) -> Non
     lines = [
         f"{first['dataset']}: accuracy in per cent on {first['images']} test images, {numbers} "
         f"{', '.join(map(str, seeds))}",
-        f"{first['image_size']} x {first['image_size']} pixels; {report.how_chosen(first)}; "
+        f"{first['image_size']} x {first['image_size']} pixels; {report.protocol(first)}; "
         f"{first['device']}",
-        report.comparison_table(table, len(seeds))]
+        report.comparison_table(table)]
     if rivals:
         lines += ["Rivals start from the baseline and train for as many steps as the student.",
                   f"{student} - {best_rival} (the best rival by class mean): {report.paired_line(paired, len(seeds))}"]

@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,70 @@ def setting(default: Any, text: str, **flag: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "flag": flag})
 
 
+def expects(form: str) -> Callable[[Callable[[str], Any]], Callable[[str], Any]]:
+    """Decorator of a flag's type: where that raises ValueError, argparse says that it expected `form`."""
+    def decorate(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+        @functools.wraps(parse)
+        def parse_or_say(text: str) -> Any:
+            try:
+                return parse(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text!r}: expected {form}") from None
+        return parse_or_say
+    return decorate
+
+
+NUMBERS: dict[Any, Callable[[str], Any]] = {int: expects("a whole number")(int), float: expects("a number")(float)}
+
+
+@expects("epochs joined by commas, such as 33,63,93")
 def epochs_list(text: str) -> tuple[int, ...]:
     """"33,63,93" -> (33, 63, 93), the type of --lr-steps."""
     return tuple(int(number) for number in text.split(",") if number.strip())
 
 
-def add_flags(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Field[Any]]) -> None:
+def flag_text(value: Any) -> str:
+    """The value of a setting as it is given after its flag; of one that is on or off, one of these words."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def add_flags(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Field[Any]], defaults: Any = None) -> None:
     """Add a flag to `parser` for each of the dataclass fields; the parsed namespace holds only the flags that were
-    given."""
+    given. defaults: the settings without flags, to be shown in the help; None where they differ from stage to stage."""
     for field in fields:
         options = dict(field.metadata["flag"], help=field.metadata["help"], default=argparse.SUPPRESS)
+        default = getattr(defaults, field.name, None)
+        if default not in (None, "") and "(default" not in options["help"]:
+            options["help"] += f" (default: {flag_text(default)})"
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options.setdefault("type", field.type)
+            kind = options.get("type", field.type)
+            options["type"] = NUMBERS.get(kind, kind)
         if "choices" not in options and field.type is not bool:
             options.setdefault("metavar", field.name.upper())
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
-def parse_flags(fields: Iterable[dataclasses.Field[Any]], description: str | None,
-                argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """{name: value} of the flags that were given. description: a script's docstring."""
+def parse_flags(settings: Any, description: str | None, argv: Sequence[str] | None = None,
+                unused: Collection[str] = ()) -> dict[str, Any]:
+    """{name: value} of the flags that were given.
+
+    settings: the block at the top of a script. description: the script's docstring. unused: names of settings that are
+    no flags of the script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Settings that are not given have the values at the top of the script.")
-    add_flags(parser, fields)
+                                     epilog="The defaults are the values at the top of the script.")
+    add_flags(parser, [field for field in dataclasses.fields(settings) if field.name not in unused], settings)
     return vars(parser.parse_args(argv))
+
+
+def with_flags(settings: Any, given: Mapping[str, Any], recipes: Mapping[str, Mapping[str, Any]]) -> Any:
+    """`settings` as changed by the recipe that --recipe, or else `settings.recipe`, names, and then by the flags that
+    were given. recipes: {name: {setting: value}}."""
+    recipe = recipes.get(given.get("recipe", settings.recipe), {})
+    return dataclasses.replace(settings, **{**recipe, **given})
 
 
 def check_range(settings: Any, name: str, low: float, high: float) -> None:
@@ -67,13 +106,15 @@ def was_trained(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("last.pt", "log.jsonl", "results.json"))
 
 
-def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Collection[str] = ()) -> None:
+def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Collection[str] = (),
+                 fixed_epochs: str = "") -> None:
     """Raise UserError if `settings.output` holds another run than that of `identity` (a `run_identity`), or this run
     and --resume is not given, or the results of a test.
 
     A folder with settings.json alone, of a run that was killed before it had trained, is free. A setting that
     settings.json lacks, being younger than the run, counts as its default. data: human-readable name of what
-    identity["data"] tells apart. unused: names of settings that the stage does not use."""
+    identity["data"] tells apart. unused: names of settings that the stage does not use. fixed_epochs: why the run
+    cannot go on for more --epochs than it was started with, "" where it can."""
     folder = Path(settings.output)
     path = folder / "settings.json"
     if not path.exists() and (folder / "results.json").exists():
@@ -91,8 +132,10 @@ def check_output(settings: Any, identity: dict[str, Any], data: str, unused: Col
         if name in unused or name not in recorded and name not in defaults:  # the latter: not recorded at that time
             continue
         before = recorded.get(name, defaults.get(name))
-        if before != value:
-            raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}; "
+        longer = name == "epochs" and isinstance(before, int) and value > before
+        if before != value and not (longer and not fixed_epochs):
+            reason = f" and cannot be extended, as {fixed_epochs}" if longer else ""
+            raise UserError(f"{folder}: holds a run with {name.replace('_', '-')} {before}, not {value}{reason}; "
                             "give the settings it was started with, or another --output")
 
 

@@ -146,10 +146,12 @@ def sgd(parameters: Iterable[torch.nn.Parameter], settings: Any, device: torch.d
 
 class RunFolder:
     """The folder of a run, which is this run's alone while entered: its settings.json is locked. Entered before the run
-    is read from there; `record` then writes settings.json for a new run, and removes what killed processes have left.
+    is read from there; `record` then writes settings.json for a new or extended run, and removes what killed processes
+    have left.
     Both act on the first process only, and raise UserError where another run is at work in the folder."""
 
     def __init__(self, settings: Any):
+        self.settings = settings
         self.path = Path(settings.output) / "settings.json"
         self.locks = contextlib.ExitStack()
 
@@ -167,7 +169,10 @@ class RunFolder:
         if not self.is_locked:  # another run may have begun since
             self._lock()
         remove_partials(self.path.parent)
-        if not was_trained(self.path.parent):
+        extended = is_extended(self.settings)
+        if extended:
+            self.path.with_name("results.json").unlink(missing_ok=True)  # of fewer epochs
+        if extended or not was_trained(self.path.parent):
             machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
             write_json(self.path, {**identity, **machine})
             self._lock()  # this file has taken the place of the one that was locked
@@ -178,9 +183,15 @@ class RunFolder:
             self.locks.enter_context(locked(self.path))
 
 
+def is_extended(settings: Any) -> bool:
+    """Whether the run to be resumed was started with fewer --epochs. It has passed `check_output`."""
+    path = Path(settings.output) / "settings.json"
+    return settings.resume and was_trained(path.parent) and read_json(path)["epochs"] < settings.epochs
+
+
 def is_finished(settings: Any) -> bool:
     """Whether the run to be resumed is finished: it has been tested, which is the last thing that a run does."""
-    return settings.resume and (Path(settings.output) / "results.json").exists()
+    return settings.resume and (Path(settings.output) / "results.json").exists() and not is_extended(settings)
 
 
 def say_finished(settings: Any) -> None:

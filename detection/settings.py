@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
+from common.flags import (
+    check_range,
+    check_test_flags,
+    epochs_list,
+    expects,
+    parse_flags,
+    run_identity,
+    setting,
+    with_flags,
+)
 from common.images import low_and_high
 from common.runtime import UserError
 from detection.geometry.suppression import SUPPRESSIONS
@@ -25,6 +34,7 @@ RECIPES = {
 METRICS = ("coco", "voc07", "voc", "dota")
 
 
+@expects("a side in pixels, or two joined by a comma, such as 480,800")
 def sides(text: str) -> tuple[int, int]:
     """"800" -> (800, 800); "480,800" -> (480, 800). The type of --short."""
     numbers = tuple(int(number) for number in text.split(","))
@@ -109,9 +119,7 @@ def parse_settings(stage: str, settings: Settings, description: str | None,
     """The settings of a stage script as changed by its flags, checked, with its folder names filled in.
 
     stage: the stage's name. settings: the block at the top of the script. description: the script's docstring."""
-    given = parse_flags(dataclasses.fields(settings), description, argv)
-    recipe = settings.recipes().get(given.get("recipe", settings.recipe), {})
-    settings = dataclasses.replace(settings, **{**recipe, **given})
+    settings = with_flags(settings, parse_flags(settings, description, argv), settings.recipes())
     paths, names = {}, {"{data}": data_name(settings.train), "{stage}": stage}
     for name in ("output", "teacher"):
         value = getattr(settings, name, None)

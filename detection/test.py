@@ -20,7 +20,7 @@ FLAGS = ("test", "images", "metric", "suppression", "device", "precision", "work
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(flags, [field for field in dataclasses.fields(Settings) if field.name in FLAGS])
+    add_flags(flags, [field for field in dataclasses.fields(Settings) if field.name in FLAGS], Settings)
     flags.add_argument("--weights", required=True, help="checkpoint of a detector")
     flags.add_argument("--output", default=argparse.SUPPRESS, help="folder of the results (default: beside the "
                        "weights, test_ with their name and that of the folder that --test lies in)")

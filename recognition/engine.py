@@ -40,7 +40,14 @@ from recognition.distillation import imitate, sums_by_class
 from recognition.evaluation import TestSet, evaluate, read_checkpoint, test, test_only
 from recognition.losses import DRW_START, classification_loss
 from recognition.run import Run, describe_run, start_run
-from recognition.settings import Settings, identity_of_run, judged_on, parse_settings, unused_settings
+from recognition.settings import (
+    Settings,
+    identity_of_run,
+    judged_on,
+    parse_settings,
+    unused_settings,
+    why_epochs_are_fixed,
+)
 from recognition.stage import Lists, Stage, read_lists, teacher_paths
 
 DROWNED = 10  # times the classification loss: a distillation term above it drowns the labels
@@ -97,7 +104,7 @@ def check_run(stage: Stage, settings: Settings, device: torch.device) -> tuple[s
     identity = identity_of_run(stage.name, settings, precision, fingerprint(lists.info, lists.by_split()), teachers)
     if rank() == 0:
         check_output(settings, identity, f"lists, classes or groups than {settings.data_root} has",
-                     unused_settings(stage))
+                     unused_settings(stage), why_epochs_are_fixed(settings))
     return precision, lists, identity
 
 

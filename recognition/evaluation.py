@@ -125,9 +125,9 @@ def test(stage: Stage, settings: Settings, checkpoint: Checkpoint, test_set: Tes
     description = checkpoint.description or {"stage": stage.name, "selected_on": "unknown", "epoch": None}
     results = {
         "dataset": info.name, "split": "test", "stage": description["stage"], "classes_of": stage.group,
-        "selected_on": description["selected_on"], "epoch": description["epoch"],
-        "test_images": images_fingerprint(test_set), "weights": str(checkpoint.path),
-        "weights_sha256": sha256_of(checkpoint.path),
+        "selected_on": description["selected_on"], "recipe": description.get("recipe", ""),
+        "epoch": description["epoch"], "test_images": images_fingerprint(test_set),
+        "weights": str(checkpoint.path), "weights_sha256": sha256_of(checkpoint.path),
         **report.accuracies(confusion, info, test_set.classes, class_counts(test_set.train_labels, num_classes)),
         **measure(network, settings.image_size, device, precision), "image_size": settings.image_size,
         "device": device_name(device), "precision": precision, "versions": library_versions(),

@@ -65,17 +65,18 @@ def results_table(results: dict[str, Any]) -> str:
     lines.append("class mean: " + "   ".join(
         f"{name} {percent(results[key], 2)}"
         for name, key in [("all", "mean_per_class"), *((group, f"{group}_class_mean") for group in GROUPS)]))
-    lines.append(f"{results['images']} test images; {how_chosen(results)}; {results['parameters'] / 1e6:.2f} M "
+    lines.append(f"{results['images']} test images; {protocol(results)}; {results['parameters'] / 1e6:.2f} M "
                  f"parameters, {results['flops'] / 1e9:.2f} GFLOP and {results['ms_per_image']} ms an image at "
                  f"{results['image_size']}x{results['image_size']} ({results['precision']}, batches of "
                  f"{results['ms_per_image_batch']}, {results['device']})")
     return "\n".join(lines)
 
 
-def how_chosen(results: dict[str, Any]) -> str:
-    """How the tested epoch was chosen, human-readable."""
-    return {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
-            "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
+def protocol(results: dict[str, Any]) -> str:
+    """The recipe of the tested network, if it had one, and how its epoch was chosen, human-readable."""
+    recipe = f"recipe {results['recipe']}; " if results.get("recipe") else ""
+    return recipe + {"val": "epoch chosen on the held-out part of train", "last": "the last epoch",
+                     "test": "epoch chosen on the TEST part (the authors' protocol)"}.get(
         results["selected_on"], "how the epoch was chosen is unknown")
 
 
@@ -152,8 +153,8 @@ def paired_line(differences: Row, seeds: int) -> str:
     return ", ".join(parts)
 
 
-def comparison_table(table: dict[str, Row], seeds: int) -> str:
-    """The comparison as text, in per cent; with several seeds as mean ± standard deviation.
+def comparison_table(table: dict[str, Row]) -> str:
+    """The comparison as text, in per cent; of several seeds mean ± standard deviation.
 
     overall, head, middle and tail are averages over images, as in the paper; the last two columns, over classes."""
     columns = [(name, name) for name in ("overall", *GROUPS)]
@@ -166,7 +167,7 @@ def comparison_table(table: dict[str, Row], seeds: int) -> str:
         for _, measure in columns:
             if measure not in row:
                 cells.append("-")
-            elif seeds == 1:
+            elif len(row[measure][2]) == 1:
                 cells.append(f"{100 * row[measure][0]:.1f}")
             else:
                 cells.append(f"{100 * row[measure][0]:.1f} ± {100 * row[measure][1]:.1f}")

@@ -18,7 +18,7 @@ from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume, sg
 from dataset import ImageDataset, class_counts, describe
 from recognition.feature_cache import FeatureCache, open_feature_cache
 from recognition.losses import CosineClassifier, adjust_logits
-from recognition.settings import Settings
+from recognition.settings import Settings, recipe_of_run
 from recognition.stage import (
     Data,
     Lists,
@@ -136,19 +136,19 @@ def describe_run(run: Run, identity: dict[str, Any]) -> dict[str, Any]:
     """Print a summary of the run. Returns the metadata of its checkpoints, plain values.
 
     identity: the run's `settings.identity_of_run`."""
-    stage, settings, data = run.stage, run.settings, run.data
+    stage, settings, data, recipe = run.stage, run.settings, run.data, recipe_of_run(run.stage, run.settings)
     say(f"stage {stage.name} on {data.info.name}: {len(data.classes)} classes ({stage.group}), {len(data.train)} "
         f"images to train on, {len(data.select)} to select on ({settings.select}), {len(data.test)} to test")
     if data.info.value_range:
         say(f"of images of more than 8 bits the values {data.info.value_range} become 0 and 255 (dataset.json)")
     say(f"device {device_name(run.device)}; precision {run.precision}; seed {settings.seed}; batch "
         f"{settings.batch_size} ({settings.batch_size // world_size()} on each of {world_size()} processes); lr "
-        f"{settings.lr:g}, {settings.schedule}")
+        f"{settings.lr:g}, {settings.schedule}" + (f"; recipe {recipe}" if recipe else ""))
     if settings.schedule == "steps" and settings.lr_steps and min(settings.lr_steps) > settings.epochs:
         say(f"note: none of --lr-steps {','.join(map(str, settings.lr_steps))} falls within {settings.epochs} epochs; "
             "for a short run consider --schedule one-cycle")
     preprocessing = {"channels": 1, "image_size": settings.image_size, "resize": "bicubic", "mean": 0.5, "std": 0.5,
                      **value_range_entry(data.info.value_range)}
     return {"stage": stage.name, **describe(data.info), "preprocessing": preprocessing, "selected_on": settings.select,
-            "settings": identity, "device": device_name(run.device), "processes": world_size(),
+            "recipe": recipe, "settings": identity, "device": device_name(run.device), "processes": world_size(),
             "versions": library_versions()}

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting
+from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting, with_flags
 from dataset import GROUPS
 
 TEACHER_BATCH_NORM = ("train", "own", "recalibrated", "eval")  # the first is the default
+# The protocol of the authors' released code, as far as all stages have it in common; the rest is `Stage.released`.
+RELEASED = {"epochs": 100, "batch_size": 8, "lr": 1e-3, "schedule": "steps", "lr_steps": (33, 63, 93),
+            "image_size": 224, "teacher_batch_norm": "train", "select": "test"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class Settings:
     data_root: str = setting("data/FGSC-23", "folder with dataset.json and the lists, made by prepare_dataset.py")
     output: str = setting("runs/{data}/{stage}", "folder of the stage's files; {data} stands for the name of "
                                                  "--data-root, {stage} for that of the stage")
+    recipe: str = setting("", "released: the authors' protocol in place of the script's values, from where each stage "
+                              "starts to the epoch chosen on the test part; flags that are given count all the same",
+                          choices=("released",))
     init: str = setting("baseline", "initial weights: none, imagenet, baseline (best.pt in the folder 'baseline' "
                                     "beside --output), or a checkpoint file")
     t1: str = setting("", "checkpoint of T1 (default: best.pt in the folder 't1' beside --output)")
@@ -76,8 +82,8 @@ class Settings:
 
 
 # Settings that may differ within a run.
-NOT_PART_OF_A_RUN = ("data_root", "output", "device", "cache_dir", "save_steps", "tensorboard", "resume", "test_only",
-                     "weights", "expect_accuracy")
+NOT_PART_OF_A_RUN = ("data_root", "output", "recipe", "device", "cache_dir", "save_steps", "tensorboard", "resume",
+                     "test_only", "weights", "expect_accuracy")
 
 
 def unused_settings(stage) -> set[str]:
@@ -97,10 +103,8 @@ def parse_settings(stage, settings: Settings, description: str | None,
     that were given, {name: value}.
 
     stage: the `Stage`. settings: the block at the top of the script. description: the script's docstring."""
-    unused = unused_settings(stage)
-    fields = [field for field in dataclasses.fields(Settings) if field.name not in unused]
-    given = parse_flags(fields, description, argv)
-    settings = dataclasses.replace(settings, **given)
+    given = parse_flags(settings, description, argv, unused_settings(stage))
+    settings = with_flags(settings, given, {"released": released(stage)})
     data = Path(settings.data_root).resolve().name
     output = settings.output
     if settings.test_only and settings.weights and "output" not in given:
@@ -110,6 +114,31 @@ def parse_settings(stage, settings: Settings, description: str | None,
     check_ranges(settings)
     check_test_flags(settings, ("weights", "expect_accuracy"))
     return settings, given
+
+
+def released(stage) -> dict[str, Any]:
+    """The settings of a `Stage` in the authors' protocol."""
+    return {**RELEASED, **stage.released}
+
+
+def recipe_of_run(stage, settings: Settings) -> str:
+    """The recipe of a run, human-readable, with the settings that differ from it; "" without a recipe."""
+    if not settings.recipe:
+        return ""
+    changed = [name for name, value in released(stage).items() if getattr(settings, name) != value]
+    return settings.recipe + (f" but for {', '.join(changed)}" if changed else "")
+
+
+def why_epochs_are_fixed(settings: Settings) -> str:
+    """Why a run cannot go on for more epochs than it was started with: with more it would have begun otherwise. "" for
+    a run that can."""
+    if settings.schedule == "one-cycle":
+        return "the learning rate of --schedule one-cycle depends on the number of epochs"
+    if settings.loss == "ldam-drw":
+        return "--loss ldam-drw begins to re-weight at a share of the epochs"
+    if settings.min_steps:
+        return "--min-steps divides the steps among the epochs"
+    return ""
 
 
 def check_ranges(settings: Settings) -> None:

@@ -1,9 +1,10 @@
 """A stage, and what it needs before it can run: the images of its classes, and the checkpoints of earlier stages."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,13 +35,15 @@ class Stage:
 
     name: also the name of its folder. group: the classes it is trained and tested on: `head`, `middle`, `tail`, `all`.
     teachers: the stages that teach it. targets: the function of `distillation` that returns the features to imitate.
-    script_prefix: before the names of its script and of those of its teachers."""
+    script_prefix: before the names of its script and of those of its teachers. released: what the authors' protocol has
+    for this stage beside `settings.RELEASED`: where it starts, and what is the student's alone."""
 
     name: str
     group: str
     teachers: tuple[str, ...] = ()
     targets: Callable | None = None
     script_prefix: str = ""
+    released: Mapping[str, Any] = field(default_factory=dict)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.flags import setting
+from common.flags import expects, setting
 from detection.distillers.imitation import IMITATIONS, imitation_loss
 from detection.distillers.ld import LD_NORMS, ld_losses
 from detection.distillers.regions import VLR_METRICS
@@ -17,6 +17,7 @@ from detection.methods.method import Method, Step
 COCO_CLASSES, COCO_KD_WEIGHT = 80, 10.0  # the published weight of KD, and the classes that it was tuned for
 
 
+@expects("auto or a number")
 def auto_or_number(text: str) -> float | str:
     """"auto" -> "auto"; "1.25" -> 1.25. The type of --lambda-kd-main."""
     return text if text == "auto" else float(text)

@@ -149,9 +149,9 @@ def test_comparison_is_mean_and_sample_deviation():
     mean, deviation, values = table["baseline"]["overall"]
     assert mean == pytest.approx(1.9 / 3) and deviation == pytest.approx(statistics.stdev([0.5, 0.6, 0.8]))
     assert math.isclose(deviation, math.sqrt(sum((v - mean) ** 2 for v in values) / 2))
-    text = report.comparison_table(table, 3)
+    text = report.comparison_table(table)
     assert "63.3 ± 15.3" in text and "90.0 ± 0.0" in text
-    assert "±" not in report.comparison_table(report.comparison({"a": [results_of()]}), 1)
+    assert "±" not in report.comparison_table(report.comparison({"a": [results_of()]}))
 
 
 def test_differences_are_taken_seed_by_seed():
