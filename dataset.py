@@ -213,12 +213,16 @@ class ImageDataset(Dataset):
         return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(self.labels[indices])
 
 
-def network_input(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+def network_input(images: torch.Tensor, flip: torch.Tensor | None = None,
+                  turns: torch.Tensor | None = None) -> torch.Tensor:
     """(B, 1, H, W) uint8 -> float32 in [-1, 1] (scale to [0, 1], then mean .5, deviation .5), on the images' device.
 
-    flip: (B,) bool, the images to mirror left to right; None for no image."""
+    flip: (B,) bool, the images to mirror left to right; None for no image. turns: (B,) int64, 0..3, the quarter turns
+    of each image after that; None for no turns. Together they are the 8 symmetries of the square."""
     if flip is not None:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    for number in (1, 2, 3) if turns is not None else ():
+        images = torch.where((turns == number)[:, None, None, None], images.rot90(number, (2, 3)), images)
     return images.float().div_(127.5).sub_(1)
 
 

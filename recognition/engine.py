@@ -131,14 +131,13 @@ def train_step(run: Run, trained: torch.nn.Module, indices: list[int]) -> tuple[
     if settings.train == "classifier":
         trained.eval()  # frozen is frozen: batch norm too
     images, labels = run.data.train.__getitems__(indices)
-    # Drawn for the whole batch and then cut, so that the number of processes does not change what is flipped.
-    flip = torch.rand(settings.batch_size, generator=run.flips)[rank()::world_size()] < 0.5
-    targets = run.features.read(indices, flip) if run.features else {}
+    flip, turns = draw_symmetries(run)
+    targets = run.features.read(indices, flip, turns) if run.features else {}
     groups = run.group_of_class[labels]
-    images, labels, flip, *known = to_device((images, labels, flip, *targets.values()), device)
+    images, labels, flip, turns, *known = to_device((images, labels, flip, turns, *targets.values()), device)
     run.optimizer.param_groups[0]["lr"] = learning_rate(settings, run.epoch + 1, run.step, len(run.sampler))
-    losses = step_losses(run, trained, network_input(images, flip), labels, groups,
-                         dict(zip(targets, known, strict=True)))
+    images = network_input(images, flip, turns if settings.augment == "dihedral" else None)
+    losses = step_losses(run, trained, images, labels, groups, dict(zip(targets, known, strict=True)))
     weights = {name: 1.0 if name == loss_term(settings) else settings.distillation_weight for name in losses}
     terms = torch.stack([weights[name] * loss.mean() for name, loss in losses.items()])
     run.optimizer.zero_grad(set_to_none=True)
@@ -148,6 +147,16 @@ def train_step(run: Run, trained: torch.nn.Module, indices: list[int]) -> tuple[
         by_class = sum_over_processes(sums_by_class(losses["mse_own"], labels, len(run.group_of_class)))
         run.sampler.update(*by_class.cpu())
     return tuple(losses), terms.detach()
+
+
+def draw_symmetries(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """How this process's share of a batch is augmented: (B,) bool, mirrored or not, and (B,) int64, quarter turns."""
+    # Drawn for the whole batch and then cut, so that the number of processes does not change what is drawn.
+    count = run.settings.batch_size
+    flip, turns = torch.rand(count, generator=run.flips) < 0.5, torch.zeros(count, dtype=torch.int64)
+    if run.settings.augment == "dihedral":
+        turns = torch.randint(4, (count,), generator=run.flips)
+    return flip[rank()::world_size()], turns[rank()::world_size()]
 
 
 def step_losses(run: Run, trained: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor,

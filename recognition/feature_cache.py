@@ -1,5 +1,6 @@
-"""The teachers' features of every training image, kept on disk: teachers are frozen and the only augmentation is a
-flip, so an image has two feature maps for each of its teachers, which are computed once and not in every epoch."""
+"""The teachers' features of every training image, kept on disk: teachers are frozen and an image is augmented by a flip
+alone, or by the 8 symmetries of a square, so it has 2 or 8 feature maps for each of its teachers, which are computed
+once and not in every epoch."""
 
 import hashlib
 import math
@@ -23,9 +24,9 @@ CHUNK = 16  # images of a forward pass through the teachers
 
 
 class FeatureCache:
-    """Layer3 features of all training images, plain and flipped, as one memory-mapped array of 16-bit numbers.
+    """Layer3 features of all training images in their `symmetries`, as one memory-mapped array of 16-bit numbers.
 
-    array: (images, 2, teachers, H/16, W/16, 1024). names: of the targets, as returned by `Stage.targets`.
+    array: (images, 2 or 8, teachers, H/16, W/16, 1024). names: of the targets, as returned by `Stage.targets`.
     dtype: bfloat16 for training in bf16, which loses nothing; float16 for fp32, which keeps 11 bits."""
 
     def __init__(self, file: Path, names: tuple[str, ...], dtype: torch.dtype):
@@ -33,11 +34,11 @@ class FeatureCache:
         self.names = names
         self.dtype = dtype
 
-    def read(self, indices: list[int], flip: torch.Tensor) -> dict[str, torch.Tensor]:
+    def read(self, indices: list[int], flip: torch.Tensor, turns: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: (B, 1024, H/16, W/16)} on the CPU, of images given by their indices in the training data.
 
-        indices: list of B. flip: (B,) bool tensor on the CPU."""
-        features = torch.from_numpy(self.array[indices, flip.long().numpy()]).view(self.dtype)
+        indices: list of B. flip, turns: (B,) bool and int64 on the CPU, as `network_input` takes them."""
+        features = torch.from_numpy(self.array[indices, (2 * turns + flip).numpy()]).view(self.dtype)
         return {name: features[:, number].contiguous().permute(0, 3, 1, 2) for number, name in enumerate(self.names)}
 
 
@@ -50,7 +51,7 @@ def open_feature_cache(stage, settings, data, teachers, weights, device, precisi
     if not settings.feature_cache or not teachers:
         return None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    compute = partial(both_flips, stage, data, teachers, device, precision)
+    compute = partial(features_of, stage, data, teachers, settings.augment, device, precision)
     names, first = compute([0])
     shape = (len(data.train), *first.shape[1:])
     needed = dtype.itemsize * math.prod(shape)
@@ -72,6 +73,8 @@ def cache_key(data, weights, dtype, settings):
     """16 hexadecimal digits that change with the teachers and their batch norm, the images, their order and classes,
     and the precision."""
     digest = hashlib.sha256(f"{FORMAT} {dtype} {data.train.cache.key} {settings.teacher_batch_norm}".encode())
+    if settings.augment == "dihedral":
+        digest.update(b"dihedral")
     if settings.teacher_batch_norm == "recalibrated":  # on images that the seed chooses
         digest.update(str(settings.seed).encode())
     for path in weights.values():
@@ -81,22 +84,29 @@ def cache_key(data, weights, dtype, settings):
     return digest.hexdigest()[:16]
 
 
+def symmetries(augment: str) -> list[tuple[bool, int]]:
+    """[(mirrored, quarter turns)] that --augment draws from; (flip, turns) is at 2 * turns + flip."""
+    return [(flip, turns) for turns in range(4 if augment == "dihedral" else 1) for flip in (False, True)]
+
+
 @torch.inference_mode()
-def both_flips(stage, data, teachers, device, precision, indices):
-    """The features of training images, plain and flipped: the names of the targets, and
-    (B, 2, teachers, H/16, W/16, 1024)."""
+def features_of(stage, data, teachers, augment, device, precision, indices):
+    """The features of training images in all `symmetries`: the names of the targets, and
+    (B, 2 or 8, teachers, H/16, W/16, 1024)."""
     images, labels = data.train.__getitems__(indices)
-    groups, flips = data.info.group_of_class()[labels], []
-    for pixels in (images, images.flip(-1)):
+    images, groups, features = images.to(device), data.info.group_of_class()[labels], []
+    each = torch.ones(len(labels), dtype=torch.int64, device=device)
+    for flip, turns in symmetries(augment):
         with autocast(device, precision):
-            targets = stage.targets(teachers, network_input(pixels.to(device)), groups, whole_batch=False)
-        flips.append(torch.stack([target.permute(0, 2, 3, 1) for target in targets.values()], dim=1))
-    return tuple(targets), torch.stack(flips, dim=1)
+            pixels = network_input(images, each.bool() & flip, each * turns)
+            targets = stage.targets(teachers, pixels, groups, whole_batch=False)
+        features.append(torch.stack([target.permute(0, 2, 3, 1) for target in targets.values()], dim=1))
+    return tuple(targets), torch.stack(features, dim=1)
 
 
 def build(file: Path, shape: tuple[int, ...], compute: Callable[[list[int]], tuple[tuple[str, ...], torch.Tensor]],
           dtype: torch.dtype) -> None:
-    """Write the array of FeatureCache, atomically. compute: `both_flips` of a list of indices."""
+    """Write the array of FeatureCache, atomically. compute: `features_of` a list of indices."""
     chunks = [range(start, min(start + CHUNK, shape[0])) for start in range(0, shape[0], CHUNK)]
     with atomic_path(file) as temporary, open(temporary, "wb") as whole:
         np.lib.format.write_array_header_1_0(whole, {"descr": "<i2", "fortran_order": False, "shape": shape})

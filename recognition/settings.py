@@ -12,7 +12,7 @@ from dataset import GROUPS
 TEACHER_BATCH_NORM = ("train", "own", "recalibrated", "eval")  # the first is the default
 # The protocol of the authors' released code, as far as all stages have it in common; the rest is `Stage.released`.
 RELEASED = {"epochs": 100, "batch_size": 8, "lr": 1e-3, "schedule": "steps", "lr_steps": (33, 63, 93),
-            "image_size": 224, "teacher_batch_norm": "train", "select": "test"}
+            "image_size": 224, "augment": "flip", "teacher_batch_norm": "train", "select": "test"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Settings:
     momentum: float = setting(0.9, "momentum of SGD")
     weight_decay: float = setting(1e-4, "weight decay of SGD")
     image_size: int = setting(224, "images are resized to a square of this many pixels")
+    augment: str = setting("flip", "what is drawn for each training image: flip, whether it is mirrored (the paper); "
+                                   "dihedral, one of the 8 symmetries of a square, for images that have no up",
+                           choices=("flip", "dihedral"))
     sampler: str = setting("shuffled", "how a batch is drawn", choices=("shuffled", "class-aware", "self-calibrated"))
     train: str = setting("all", "all: the whole network; classifier: classifier re-training, a new last layer on the "
                                 "frozen rest", choices=("all", "classifier"))

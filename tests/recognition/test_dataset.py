@@ -236,6 +236,18 @@ def test_network_input_scales_and_flips_each_image_by_itself():
                 assert scaled[number, 0, y, x].item() == pytest.approx((value / 255 - 0.5) / 0.5, abs=1e-6)
 
 
+def test_flips_and_turns_are_the_eight_symmetries():
+    image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    flip, turns = torch.tensor([False, True] * 4), torch.arange(8) // 2
+    scaled = network_input(image.repeat(8, 1, 1, 1), flip, turns)
+    pixels = (127.5 * (scaled + 1)).round().byte()
+    for number in range(8):
+        expected = np.rot90(np.fliplr(image[0, 0]) if flip[number] else image[0, 0], turns[number])
+        assert np.array_equal(pixels[number, 0], expected)
+    assert len({bytes(symmetry.flatten().tolist()) for symmetry in pixels}) == 8
+    assert torch.equal(scaled[:2], network_input(image.repeat(2, 1, 1, 1), flip[:2]))
+
+
 def test_a_larger_set_costs_no_copy(tmp_path):
     root = draw_tiny(tmp_path / "t", train=[40, 30, 20, 10, 5, 5])
     cache = cache_of(root)[0]

@@ -41,7 +41,7 @@ def test_what_is_kept_is_what_each_images_own_teacher_says(own_tiny, teachers, p
     are rounded in another order for batches of another size."""
     run = student_run(own_tiny, teachers, precision, *KEPT)
     indices, flip = [3, 0, 51, 30, 3], torch.tensor([True, False, False, True, False])
-    kept = run.features.read(indices, flip)["own"]
+    kept = run.features.read(indices, flip, torch.zeros(5, dtype=torch.int64))["own"]
     assert kept.shape == (5, 1024, 2, 2)
     for position, index in enumerate(indices):
         image, label = run.data.train[index]
@@ -50,6 +50,19 @@ def test_what_is_kept_is_what_each_images_own_teacher_says(own_tiny, teachers, p
             expected = teacher.layer3_features(network_input(image[None], flip[position:position + 1]))[0].float()
         error = (kept[position].float() - expected).abs()
         assert (error <= tolerance * expected.abs() + tolerance * expected.abs().max() / 16).all()
+
+
+def test_all_symmetries_are_kept(own_tiny, teachers):
+    run = student_run(own_tiny, teachers, "fp32", *KEPT, "--augment", "dihedral")
+    assert run.features.array.shape == (52, 8, 1, 2, 2, 1024)
+    image, _ = run.data.train[0]  # of a head class
+    for turns in range(4):
+        for flip in (False, True):
+            kept = run.features.read([0], torch.tensor([flip]), torch.tensor([turns]))["own"].float()
+            pixels = np.rot90(np.fliplr(image[0]) if flip else image[0], turns).copy()
+            with torch.no_grad():
+                expected = run.teachers["t1"].layer3_features(network_input(torch.from_numpy(pixels)[None, None]))
+            assert torch.allclose(kept, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
 
 def test_a_students_steps_agree_with_and_without_it(own_tiny, teachers):
@@ -68,8 +81,8 @@ def test_a_students_steps_agree_with_and_without_it(own_tiny, teachers):
 
 
 def test_the_teachers_run_no_more_once_it_is_built(own_tiny, teachers, tmp_path, monkeypatch, capsys):
-    built, both_flips = [], feature_cache.both_flips
-    monkeypatch.setattr(feature_cache, "both_flips", lambda *given: built.append(given[-1]) or both_flips(*given))
+    built, features_of = [], feature_cache.features_of
+    monkeypatch.setattr(feature_cache, "features_of", lambda *given: built.append(given[-1]) or features_of(*given))
     own_teacher = baseline_cl_s_weight.STAGE.targets
     asked = []
     monkeypatch.setitem(vars(baseline_cl_s_weight.STAGE), "targets",
@@ -131,7 +144,7 @@ def test_a_data_set_too_large_for_it_is_said_and_trained_with_the_teachers_runni
 
 
 def test_features_beyond_16_bits_are_refused(own_tiny, teachers, monkeypatch):
-    monkeypatch.setattr(feature_cache, "both_flips", lambda *given: (("own",), torch.full((1, 2, 1, 2, 2, 1024), 1e6)))
+    monkeypatch.setattr(feature_cache, "features_of", lambda *given: (("own",), torch.full((1, 2, 1, 2, 2, 1024), 1e6)))
     with pytest.raises(UserError, match="do not fit into torch.float16; train without --feature-cache"):
         student_run(own_tiny, teachers, "fp32", *KEPT)
     assert not caches(own_tiny) and not list(own_tiny.rglob("*.partial"))
