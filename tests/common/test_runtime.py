@@ -1,5 +1,7 @@
 """Errors, files, devices and settings."""
 
+import dataclasses
+import importlib
 import os
 
 import pytest
@@ -15,7 +17,14 @@ from common.flags import check_output
 from common.runtime import UserError, resolve_device, run_script
 from common.training import RunFolder
 from recognition import engine
-from recognition.settings import Settings, check_ranges, identity_of_run, parse_settings, unused_settings
+from recognition.settings import (
+    Settings,
+    check_ranges,
+    identity_of_run,
+    parse_settings,
+    recipe_of_run,
+    unused_settings,
+)
 from tests.support import run_program
 
 
@@ -94,6 +103,34 @@ def test_flags_change_the_block_and_fill_the_folder():
     settings, given = parse_settings(baseline_cl_t2.STAGE, Settings(epochs=7), "", flags)
     assert settings.output == "runs/mine/t2" and settings.epochs == 7 and settings.lr_steps == (3, 5)
     assert given == {"data_root": "x/mine", "lr_steps": (3, 5)}
+
+
+@pytest.mark.parametrize("script, init, dota_init", [
+    ("baseline_resnet50", "imagenet", "none"), ("baseline_cl_t1", "none", "baseline"),
+    ("baseline_cl_t2", "none", "baseline"), ("baseline_cl_t3", "none", "baseline"),
+    ("baseline_cl_s_weight", "none", "imagenet")])
+def test_the_authors_protocol_in_one_word(script, init, dota_init):
+    student = script == "baseline_cl_s_weight"
+    expected = {"epochs": 100, "batch_size": 8, "lr": 1e-3, "schedule": "steps", "momentum": 0.9, "weight_decay": 1e-4,
+                "lr_steps": (53,) if student else (33, 63, 93), "image_size": 224, "teacher_batch_norm": "train",
+                "sampler": "self-calibrated" if student else "shuffled", "select": "test", "augment": "flip"}
+    for prefix, start in (("", init), ("dota_", dota_init)):
+        module = importlib.import_module(prefix + script)
+        edited = dataclasses.replace(module.SETTINGS, epochs=3, lr=0.5, lr_steps=(), select="last", init="x.pt")
+        settings, _ = parse_settings(module.STAGE, edited, "", ["--recipe", "released"])
+        assert {name: getattr(settings, name) for name in expected} == expected and settings.init == start
+        assert recipe_of_run(module.STAGE, settings) == "released" and not recipe_of_run(module.STAGE, edited)
+        settings, _ = parse_settings(module.STAGE, edited, "", ["--recipe", "released", "--epochs", "5"])
+        assert settings.epochs == 5 and recipe_of_run(module.STAGE, settings) == "released but for epochs"
+
+
+@pytest.mark.parametrize("flag, value, expected", [
+    ("--lr-steps", "3,x", "epochs joined by commas, such as 33,63,93"), ("--epochs", "ten", "a whole number"),
+    ("--lr", "fast", "a number"), ("--feature-cache", "1GB", "a number")])
+def test_a_value_of_another_form_is_told_which_was_expected(capsys, flag, value, expected):
+    with pytest.raises(SystemExit):
+        parse_settings(baseline_cl_t2.STAGE, Settings(), "", [flag, value])
+    assert capsys.readouterr().err.endswith(f": error: argument {flag}: {value!r}: expected {expected}\n")
 
 
 def test_a_test_of_weights_has_a_folder_of_its_own():

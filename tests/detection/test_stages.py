@@ -79,6 +79,24 @@ def test_a_run_leaves_its_files(runs):
         assert results[key] is not None, key
 
 
+def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(flags, runs, tmp_path):
+    assert run_detector(train_gfl, *flags, "--epochs", "1", "--output", tmp_path / "a", "--test-every", "1") == 0
+    assert run_detector(train_gfl, *flags, "--epochs", "2", "--output", tmp_path / "a", "--resume", "--test-every",
+                        "1") == 0
+    assert log_of(tmp_path / "a") == log_of(runs / "teacher")
+    extended = weights_of(tmp_path / "a")
+    assert all(torch.equal(value, extended[name]) for name, value in weights_of(runs / "teacher").items())
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["epoch"] == 2
+
+
+@pytest.mark.parametrize("flag, value, expected", [
+    ("--short", "480,x", "a side in pixels, or two joined by a comma, such as 480,800"),
+    ("--short", "1,2,3", "a side in pixels, or two"), ("--lambda-kd-main", "much", "auto or a number")])
+def test_a_value_of_another_form_is_told_which_was_expected(capsys, flag, value, expected):
+    assert run_detector(train_ld, flag, value) == 2
+    assert f"error: argument {flag}: {value!r}: expected {expected}" in capsys.readouterr().err
+
+
 def test_pictures_that_fail_are_notes_and_leave_the_numbers(runs, scenes, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise ValueError("no such symbol")

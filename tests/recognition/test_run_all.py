@@ -5,6 +5,7 @@ import json
 import pytest
 
 import baseline_cl_s_weight
+import baseline_resnet50
 import run_all
 from common.files import write_json
 from common.runtime import UserError, resolve_device
@@ -97,6 +98,13 @@ def test_rivals_start_from_the_baseline_and_train_as_long_as_the_student(jobs, t
             f"--output {job.folder}")
     for job in jobs[:5]:  # a flag for teachers is passed on to the stages that have them
         assert ("--teacher-batch-norm" in job.flags) == bool(job.script.STAGE.teachers)
+
+
+def test_the_authors_recipe_is_passed_on_and_dota_has_its_own_scripts(jobs, tmp_path):
+    run(tmp_path, "--recipe", "released", "--dota", "--yardsticks")
+    for job in jobs:
+        assert job.script.__name__.startswith("dota_baseline") and value_of(job.flags, "--recipe") == "released"
+    assert value_of(jobs[-1].flags, "--epochs") == "100" and value_of(jobs[-1].flags, "--lr-steps") == "53"
 
 
 def test_ablations_are_students_without_one_part(jobs, tmp_path):
@@ -219,6 +227,13 @@ def test_stages_started_by_hand_are_found_finished(tiny, tmp_path):
     (tmp_path / "comparison.json").unlink()
     with pytest.raises(UserError, match=r"seed0.baseline: holds a run already; go on with it by --resume"):
         run_all.main(flags)
+
+
+def test_a_stage_that_others_learned_from_is_not_extended(tiny, tmp_path):
+    flags = ["--data-root", str(tiny), "--image-size", "64", "--batch-size", "4"]
+    finish(tmp_path / "seed0" / "baseline", baseline_resnet50, [*flags, "--epochs", "8"])
+    with pytest.raises(UserError, match=r"seed0.baseline: holds a run of fewer epochs than 9, which other stages may"):
+        run_all.main([*flags, "--output", str(tmp_path), "--epochs", "9", "--resume"])
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------

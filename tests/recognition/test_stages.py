@@ -25,10 +25,10 @@ import run_all
 from ClassAwareSampler import ClassAwareBatchSampler
 from common.runtime import UserError
 from dataset import network_input
-from recognition import engine
+from recognition import engine, evaluation
 from recognition.distillation import sums_by_class
 from recognition.run import Run, start_run
-from recognition.settings import Settings, parse_settings
+from recognition.settings import Settings, parse_settings, why_epochs_are_fixed
 from recognition.stage import read_lists
 from resnet50 import ResNet50
 from tests.support import PROJECT, QUICK, authors_state, log_of, run_main, run_program, stop_at_step, student_flags
@@ -175,6 +175,38 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, t
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
+def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(engine.report, "draw_curves", lambda *_: None)
+
+    def train(name, epochs, *more):
+        return run_main(baseline_cl_t1, "--data-root", tiny, "--output", tmp_path / name, "--init", "none", *QUICK,
+                        "--schedule", "steps", "--lr-steps", "2", "--epochs", epochs, *more)
+
+    assert train("whole", 2) == train("parts", 1) == 0
+    capsys.readouterr()
+    assert train("parts", 2, "--resume") == 0
+    assert "last.pt, 1 of 2 epochs done" in capsys.readouterr().out
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    whole, parts = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    for name in ("settings.json", "results.json"):
+        whole, parts = (json.loads((tmp_path / run / name).read_text()) for run in ("whole", "parts"))
+        assert whole.get("epochs") == parts.get("epochs") and whole.get("confusion") == parts.get("confusion")
+    assert train("parts", 1, "--resume") == 2  # no way back
+    assert "holds a run with epochs 2, not 1; give the settings" in capsys.readouterr().err
+    assert train("parts", 2, "--resume") == 0 and "is finished already" in capsys.readouterr().out
+
+
+def test_a_run_whose_past_depends_on_its_length_is_not_extended(pipeline, tiny, capsys):
+    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", pipeline[0] / "seed0" / "baseline", "--init",
+                    "none", *QUICK, "--epochs", "3", "--resume") == 2
+    assert ("holds a run with epochs 2, not 3 and cannot be extended, as the learning rate of --schedule one-cycle "
+            "depends on the number of epochs; give") in capsys.readouterr().err
+    assert "--loss ldam-drw" in why_epochs_are_fixed(Settings(loss="ldam-drw"))
+    assert "--min-steps" in why_epochs_are_fixed(Settings(min_steps=9)) and not why_epochs_are_fixed(Settings())
+
+
 def test_the_last_checkpoint_describes_itself_and_can_be_tested(pipeline, tiny, tmp_path):
     last = pipeline[0] / "seed0" / "t1" / "last.pt"
     assert torch.load(last, weights_only=True)["description"]["epoch"] == 2
@@ -182,6 +214,18 @@ def test_the_last_checkpoint_describes_itself_and_can_be_tested(pipeline, tiny, 
                     tmp_path / "test", "--device", "cpu") == 0
     results = json.loads((tmp_path / "test" / "results.json").read_text())
     assert [row["name"] for row in results["per_class"]] == ["a", "b"] and results["image_size"] == 32
+
+
+def test_dihedral_draws_quarter_turns_beside_the_same_flips():
+    run = SimpleNamespace(settings=Settings(batch_size=4000), flips=torch.Generator().manual_seed(1))
+    flips = torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.5
+    flip, turns = engine.draw_symmetries(run)
+    assert torch.equal(flip, flips) and not turns.any()
+    run.settings = Settings(batch_size=4000, augment="dihedral")
+    run.flips.manual_seed(1)
+    flip, turns = engine.draw_symmetries(run)
+    assert torch.equal(flip, flips)
+    assert (2 * turns + flip).bincount(minlength=8).tolist() == pytest.approx([500] * 8, abs=100)
 
 
 def test_one_student_step_is_that_of_the_paper(pipeline, tiny):
@@ -291,11 +335,13 @@ def test_predict_names_what_is_in_a_folder(pipeline, tiny, tmp_path):
 # ---- protocols and processes -----------------------------------------------------------------------------------------
 
 
-def test_the_authors_protocol_trains_on_everything_and_says_so(tiny, tmp_path):
+def test_the_authors_protocol_trains_on_everything_and_says_so(tiny, tmp_path, capsys):
     assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK,
-                    "--epochs", "1", "--select", "test") == 0
+                    "--epochs", "1", "--recipe", "released") == 0
     results = json.loads((tmp_path / "b" / "results.json").read_text())
-    assert results["selected_on"] == "test"
+    recipe = "released but for epochs, lr, schedule, image_size, init"  # of --init none and QUICK
+    assert results["selected_on"] == "test" and results["recipe"] == recipe
+    assert f"; recipe {recipe}; epoch chosen on the TEST part (the authors' protocol); " in capsys.readouterr().out
     assert [row["train"] for row in results["per_class"]] == [16, 14, 11, 10, 7, 6]
 
 
@@ -361,11 +407,12 @@ def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny
     assert together["sampler"]["known"].any() and together["description"]["processes"] == 2
 
 
-def test_the_dota_twins_differ_in_the_data_set_alone():
+def test_the_dota_twins_differ_in_the_data_set_and_the_authors_start():
     for stage, twin in ((baseline_resnet50, dota_baseline_resnet50), (baseline_cl_t1, dota_baseline_cl_t1),
                         (baseline_cl_t2, dota_baseline_cl_t2), (baseline_cl_t3, dota_baseline_cl_t3),
                         (baseline_cl_s_weight, dota_baseline_cl_s_weight)):
-        assert dataclasses.replace(stage.STAGE, script_prefix="dota_") == twin.STAGE
+        released = {**stage.STAGE.released, "init": twin.STAGE.released["init"]}
+        assert dataclasses.replace(stage.STAGE, script_prefix="dota_", released=released) == twin.STAGE
         changed = {name for name, value in vars(twin.SETTINGS).items() if value != vars(stage.SETTINGS)[name]}
         assert changed == {"data_root"}
 
@@ -376,6 +423,8 @@ def test_help_needs_no_data_and_lists_the_settings_that_the_stage_uses():
     unused = {"t2", "t3", "calibration_momentum"}
     for field in dataclasses.fields(Settings):
         assert ("  --" + field.name.replace("_", "-") in done.stdout) == (field.name not in unused), field.name
+    for default in ("data/FGSC-23", "100", "0.001", "33,63,93", "baseline", "on"):
+        assert f"(default: {default})" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("script, flag", [
