@@ -183,10 +183,17 @@ class RunFolder:
             self.locks.enter_context(locked(self.path))
 
 
-def is_extended(settings: Any) -> bool:
-    """Whether the run to be resumed was started with fewer --epochs. It has passed `check_output`."""
+def settings_begun_with(settings: Any) -> dict[str, Any]:
+    """What settings.json holds of the run to be resumed; nothing if there is no such run."""
     path = Path(settings.output) / "settings.json"
-    return settings.resume and was_trained(path.parent) and read_json(path)["epochs"] < settings.epochs
+    record = read_json(path) if settings.resume and path.exists() else {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_extended(settings: Any) -> bool:
+    """Whether the run to be resumed was begun with fewer --epochs."""
+    epochs = settings_begun_with(settings).get("epochs")
+    return isinstance(epochs, int) and epochs < settings.epochs and was_trained(Path(settings.output))
 
 
 def is_finished(settings: Any) -> bool:
@@ -215,9 +222,7 @@ def run_precision(settings: Any, device: torch.device) -> str:
 def precision_begun_in(settings: Any, device: torch.device) -> str:
     """The precision that the run to be resumed was begun in; `auto` if there is no such run, or the device does not
     support it."""
-    path = Path(settings.output) / "settings.json"
-    record = read_json(path) if settings.resume and path.exists() else {}
-    precision = record.get("precision") if isinstance(record, dict) else None
+    precision = settings_begun_with(settings).get("precision")
     return precision if precision in PRECISIONS and computes_in(precision, device) else "auto"
 
 
