@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from common.files import list_lines
+from common.flags import expects
 from common.runtime import UserError
 from common.workers import in_processes
 
@@ -265,8 +266,9 @@ def _extremes(files: Sequence[str]) -> ValueRange | None:
     return (min(found), max(found)) if found else None
 
 
+@expects("two whole numbers, the lower first, such as 0,2047")
 def low_and_high(text: str) -> ValueRange:
-    """"0,2047" -> (0, 2047), the type of --value-range. Raises ValueError for anything but two integers in order."""
+    """"0,2047" -> (0, 2047), the type of --value-range."""
     low, high = map(int, text.split(","))
     if not is_value_range([low, high]):
         raise ValueError

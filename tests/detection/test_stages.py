@@ -91,7 +91,8 @@ def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(flags, runs
 
 @pytest.mark.parametrize("flag, value, expected", [
     ("--short", "480,x", "a side in pixels, or two joined by a comma, such as 480,800"),
-    ("--short", "1,2,3", "a side in pixels, or two"), ("--lambda-kd-main", "much", "auto or a number")])
+    ("--short", "1,2,3", "a side in pixels, or two"), ("--value-range", "9,x", "two whole numbers, the lower first"),
+    ("--lambda-kd-main", "much", "auto or a number")])
 def test_a_value_of_another_form_is_told_which_was_expected(capsys, flag, value, expected):
     assert run_detector(train_ld, flag, value) == 2
     assert f"error: argument {flag}: {value!r}: expected {expected}" in capsys.readouterr().err
