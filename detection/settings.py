@@ -30,6 +30,8 @@ RECIPES = {
     "voc": {"epochs": 4, "lr_steps": (4,), "batch_size": 6, "short": (800, 800), "repeat": 3, "metric": "voc07"},
     "voc-teacher": {"epochs": 16, "lr_steps": (13,), "batch_size": 6, "short": (800, 800), "repeat": 3,
                     "metric": "voc07"},
+    "nwpu": {"epochs": 50, "lr_steps": (41,), "batch_size": 8, "lr": 0.002, "short": (600, 600), "long": 1000,
+             "clip": 35.0, "metric": "voc"},
 }
 METRICS = ("coco", "voc07", "voc", "dota")
 

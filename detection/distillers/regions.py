@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from detection.geometry.boxes import centre_distance, iof, iou, pairs
+from detection.geometry.boxes import centre_distance, centres, distances, iof, iou, pairs
 
 VLR_METRICS = ("diou", "iof_parity")
 CHUNK = 128  # objects compared with all anchors at a time: a (1000, 22400) matrix is 90 MB, and there are many of them
@@ -14,14 +14,16 @@ GENERAL_INSTANCE_OVERLAP = 0.3  # IoU above which a better instance suppresses a
 
 
 def valuable_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor, thresholds: torch.Tensor,
-                    valid: torch.Tensor, gamma: float = 0.25, metric: str = "diou") -> torch.Tensor:
+                    valid: torch.Tensor, gamma: float = 0.25, metric: str = "diou",
+                    interior: bool = False) -> torch.Tensor:
     """The valuable localization region (VLR) of each image, as the weights v_a of its anchors, (N, A) in 0..1 and 0
     outside (Zheng et al., Localization Distillation, CVPR 2022, algorithm 1).
 
     anchor_boxes: (A, 4). boxes: (T, 4) the objects. image_of: (T,) their images. thresholds: (T,) their ATSS thresholds
     t_g. valid: (N, A) bool. gamma: 0..1, how far down the region reaches.
     An anchor is in the region of object g where gamma * t_g <= DIoU(a, g) < t_g, and v_a is its largest IoU with the
-    objects in whose region it is. Positives of another object, or of the same one, are not taken out.
+    objects in whose region it is. Positives of another object, or of the same one, are not taken out. interior: only
+    where the anchor's centre lies strictly inside the object, too.
 
     metric: `diou` is the paper's formula; `iof_parity` compares |a & g| / |a| - rho^2 / c^2, as the released code does,
     so that small anchors on the border of a large object come in. Raises ValueError for another metric."""
@@ -34,6 +36,8 @@ def valuable_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: t
         share = overlap if metric == "diou" else iof(anchors, objects)
         closeness = share - centre_distance(anchors, objects)
         region = (closeness >= gamma * limits) & (closeness < limits)
+        if interior:
+            region &= distances(centres(anchors), objects).amin(dim=-1) > 0
         largest_by_image(weights, overlap.masked_fill(~region, 0), images)
     return weights * valid
 

@@ -83,7 +83,8 @@ def weights(settings: LDSettings, num_classes: int) -> dict[str, float]:
 
 def notes(settings: LDSettings, num_classes: int, images_per_process: int) -> Iterator[str]:
     """What of the settings is tuned for other data than these."""
-    if images_per_process > 3 and settings.ld_norm == "none":
+    summed = settings.ld_norm == "none" and (settings.lambda_ld_main or settings.lambda_ld_vlr)
+    if images_per_process > 3 and summed:
         yield (f"LD's terms are sums over the {images_per_process} images of a process, and their weights are tuned "
                "for 2 or 3; lower --lambda-ld-main and --lambda-ld-vlr in proportion, or see --ld-norm")
     if num_classes == 1 and (settings.lambda_kd_main or settings.lambda_kd_vlr):
