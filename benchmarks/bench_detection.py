@@ -1,5 +1,5 @@
-"""What a training step of the detectors costs: GFL, GFL taught by LD, and torchvision's FCOS on the same ResNet and
-images; and what the ways of suppression cost.
+"""What a training step of the detectors costs: GFL, GFL taught by LD and by LTD, and torchvision's FCOS on the same
+ResNet and images; and what the ways of suppression cost.
 
     python -m benchmarks.bench_detection
     python -m benchmarks.bench_detection --depth 18 --teacher-depth 50 --height 320 --width 320 --batch-size 4
@@ -27,8 +27,9 @@ from detection.engine import Run, train_step
 from detection.geometry.anchors import make_anchors, pyramid_sizes
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import gfl_losses
-from detection.methods.gfl import GFL
+from detection.methods.gfl import GFL, GFLSettings
 from detection.methods.ld import LD, LDSettings
+from detection.methods.ltd import LTD, LTDSettings
 from detection.network.detector import Architecture, Detector
 from detection.network.gfl_head import Outputs
 
@@ -52,13 +53,14 @@ def draw_batch(args):
                  [(1.0, 1.0)] * args.batch_size)
 
 
-def our_step(args, batch, device, precision, teacher=None):
-    """A function that does a training step of GFL, with a teacher of LD."""
-    network = Detector(CLASSES, Architecture(args.depth), frozen=True).to(device, memory_format=torch.channels_last)
-    run = Run(name="gfl", method=LD if teacher else GFL, settings=LDSettings(lr=1e-6), device=device,
-              precision=precision, network=network, optimizer=sgd(network), sampler=[0], description={},
-              train_annotations=None, test_annotations=None, teacher=teacher)
-    trained = run.trainee.train()
+def our_step(args, batch, device, precision, method, settings, teacher=None):
+    """A function that does a training step of a method."""
+    network = Detector(CLASSES, Architecture(args.depth), frozen=True)
+    run = Run(name=method.name, method=method, settings=settings, device=device, precision=precision, network=network,
+              optimizer=None, sampler=[0], description={}, train_annotations=None, test_annotations=None,
+              teacher=teacher, companions=method.companions(CLASSES, settings))
+    trained = run.trainee.to(device, memory_format=torch.channels_last).train()
+    run.optimizer = sgd(trained)
     return lambda: train_step(run, trained, batch)
 
 
@@ -135,16 +137,21 @@ def measure_steps(args, device, precision):
     teacher.to(device, memory_format=torch.channels_last)
     seconds = interleaved({
         "FCOS, torchvision": fcos_step(args, batch, device, precision),
-        "GFL": our_step(args, batch, device, precision),
-        "GFL with LD": our_step(args, batch, device, precision, teacher),
+        "GFL": our_step(args, batch, device, precision, GFL, GFLSettings(lr=1e-6)),
+        "GFL with LD": our_step(args, batch, device, precision, LD, LDSettings(lr=1e-6), teacher),
+        "GFL with LTD": our_step(args, batch, device, precision, LTD, LTDSettings(lr=1e-6), teacher),
+        "GFL with LTD but for LIC": our_step(args, batch, device, precision, LTD, LTDSettings(lr=1e-6, lic=False),
+                                             teacher),
         "the teacher's forward": forward_step(teacher, batch, device, precision),
         "assignment and losses of GFL": loss_step(args, batch, device),
         "assignment and losses of GFL with LD": loss_step(args, batch, device, True),
     }, args.repeats, device)
-    fcos, gfl, taught, asked, losses, all_losses = seconds.values()
+    fcos, gfl, taught, by_ltd, without_lic, asked, losses, all_losses = seconds.values()
     share = 0.10 if device.type == "cuda" else None
     goals = {"GFL": ("FCOS", gfl / fcos, 1.15),
              "GFL with LD": ("GFL and the teacher's forward", taught / (gfl + asked), 1.05),
+             "GFL with LTD": ("GFL and the teacher's forward", by_ltd / (gfl + asked), 1.15),
+             "GFL with LTD but for LIC": ("GFL and the teacher's forward", without_lic / (gfl + asked), 1.15),
              "assignment and losses of GFL": ("GFL", losses / gfl, share),
              "assignment and losses of GFL with LD": ("GFL with LD", all_losses / taught, share)}
     return [{"step": name, "ms": round(1000 * taken, 1), "times": goals.get(name, (None,))[0],

@@ -54,13 +54,13 @@ def pooled_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor |
 
 def attention(feature: torch.Tensor) -> torch.Tensor:
     """Where a map is strong: H * W * softmax(mean_c |feature| / 0.1) over the locations of each image. (N, C, H, W) ->
-    (N, 1, H, W), 1 on average."""
-    strength = feature.abs().mean(dim=1, keepdim=True)
+    (N, H, W), 1 on average."""
+    strength = feature.abs().mean(dim=1)
     shares = (strength / ATTENTION_TEMPERATURE).flatten(1).softmax(dim=1).view_as(strength)
     return shares * strength[0].numel()
 
 
 def attention_error(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """sqrt(sum weights * (student - teacher)^2) over the whole batch: it grows with the root of the number of images.
-    student, teacher: (N, C, H, W). weights: (N, 1, H, W)."""
-    return ((student - teacher).square() * weights).sum().add(EPS).sqrt()
+    student, teacher: (N, C, H, W). weights: (N, H, W)."""
+    return ((student - teacher).square().sum(dim=1) * weights).sum().add(EPS).sqrt()

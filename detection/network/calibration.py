@@ -25,8 +25,8 @@ class CalibrationNetwork(nn.Module):
 
         r_i = alpha * x_i + beta * up(r_{i+1}),   (alpha, beta) = sigmoid(Conv1x1([x_i; up(r_{i+1})]))   per location,
 
-    the coarsest r_i being x_i; the fused map is BN(LIC(r_i)), the projected one Conv1x1(F_i). So a level of the teacher,
-    which the fused map of its level is compared with, teaches all levels of the student that are as coarse or coarser.
+    the coarsest r_i being x_i. The fused map is BN(LIC(r_i)), the projected one Conv1x1(F_i). A level of the teacher,
+    with which the fused map of its level is compared, thus teaches all student levels that are as coarse or coarser.
 
     channels: of all maps. lic: without it an ordinary 3x3 convolution is in the place of LIC. zero_offsets: see
     LocalCalibration. Batch norms are those of each process."""

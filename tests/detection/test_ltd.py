@@ -193,12 +193,12 @@ def test_the_losses_of_ccd_against_loops(source):
 
 def test_attention_has_a_mean_of_one_and_is_even_where_the_map_is():
     masks = attention(torch.randn(3, CHANNELS, 4, 5))
-    assert masks.shape == (3, 1, 4, 5)
-    torch.testing.assert_close(masks.sum(dim=(1, 2, 3)), torch.full((3,), 20.0))
-    assert (masks.amax(dim=(1, 2, 3)) > 1.5).all()
+    assert masks.shape == (3, 4, 5)
+    torch.testing.assert_close(masks.sum(dim=(1, 2)), torch.full((3,), 20.0))
+    assert (masks.amax(dim=(1, 2)) > 1.5).all()
     even = torch.ones(2, CHANNELS, 4, 5)
     even[:, ::2] = -1
-    torch.testing.assert_close(attention(even), torch.ones(2, 1, 4, 5))
+    torch.testing.assert_close(attention(even), torch.ones(2, 4, 5))
 
 
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_slope():
@@ -216,7 +216,7 @@ def test_pooling_to_cells_that_a_map_has_not_is_left_out():
 
 
 def test_the_attention_term_grows_with_the_root_of_the_number_of_images():
-    one, other, even = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.ones(2, 1, 4, 4)
+    one, other, even = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.ones(2, 4, 4)
     doubled = [torch.cat([part, part]) for part in (one, other, even)]
     assert attention_error(*doubled).item() == pytest.approx(2**0.5 * attention_error(one, other, even).item())
 
