@@ -16,7 +16,8 @@ from detection.distillers.tasd import row_weights, tasd_losses
 from detection.geometry.anchors import make_anchors
 from detection.methods import gfl
 from detection.methods.ltd import LTD, LTDSettings, weights
-from detection.network.calibration import CalibratedMaps, CalibrationNetwork, LocalCalibration, deformable_convolution
+from detection.network.calibration import CalibratedMaps, CalibrationNetwork, LocalCalibration
+from detection.network.deformable import deformable_convolution
 from detection.network.gfl_head import Outputs
 
 SIZES = ((8, 10), (4, 5), (2, 3), (1, 2), (1, 1))
