@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import DeformConv2d
 
 from detection.geometry.anchors import STRIDES
-from detection.network.deformable import deformable_convolution
+from detection.network.deformable import as_places
 
 
 @dataclass
@@ -60,19 +61,19 @@ class CalibrationNetwork(nn.Module):
                               [project(feature) for project, feature in zip(self.project, pyramid, strict=True)])
 
 
-class LocalCalibration(nn.Module):
-    """Local implicit calibration (LIC): a 3x3 convolution that samples each location's surroundings at places which
-    another convolution chooses.
+class LocalCalibration(DeformConv2d):
+    """Local implicit calibration (LIC): a deformable 3x3 convolution (Dai et al., ICCV 2017), which samples each
+    location's surroundings at places that another convolution chooses.
 
     zero_offsets: begin as an ordinary convolution. The released code begins at random places."""
 
     def __init__(self, channels: int, zero_offsets: bool):
-        super().__init__()
+        super().__init__(channels, channels, 3, padding=1, bias=False)
         self.offsets = nn.Conv2d(channels, 2 * 9, 3, padding=1, bias=False)
-        self.weight = nn.Conv2d(channels, channels, 3, bias=False).weight  # with its initial values
         if zero_offsets:
             nn.init.zeros_(self.offsets.weight)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """feature: (N, channels, H, W). Returns the same shape."""
-        return deformable_convolution(feature, self.offsets(feature), self.weight)
+        """feature: (N, channels, H, W). Returns the same shape; computes in fp32, as the operator has no bf16 on a
+        CPU."""
+        return super().forward(feature.float(), as_places(self.offsets(feature).float()))
