@@ -1,13 +1,17 @@
 """COCO's annotation files: their structure, categories and boxes. Which images and objects are used is decided by who
 reads them: recognition's chips (`preparation/chips.py`) or a detector (`detection/data/coco_files.py`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from common.files import read_json
 from common.runtime import UserError
 
 LARGEST = 1e9  # a coordinate, size or area beyond it is no measure of an image
+MISFITS, FITS = 0.25, 0.9  # shares of the boxes from which on they are in another convention than COCO's
 
 
 class CocoFile(NamedTuple):
@@ -44,6 +48,30 @@ def corners_of(bbox: Any, where: str) -> tuple[float, float, float, float]:
         raise UserError(f"{where}: bbox {str(bbox)[:80]}; expected [x, y, width, height], finite numbers")
     x, y, width, height = bbox
     return x, y, x + width, y + height
+
+
+def check_convention(boxes: Sequence[tuple[list[float], tuple[float, float]]], path: str | Path) -> None:
+    """Raise UserError where the boxes of an annotation file are in another convention than COCO's [x, y, width,
+    height] in pixels: divided by the size of the image, where many lie within its first pixel; corners [x1, y1, x2,
+    y2], where many would reach outside their image, and nearly all lie inside it as corners.
+
+    boxes: [(bbox, (width, height) of its image)]."""
+    if not boxes:
+        return
+    stated, sizes = (np.array(column, dtype=np.float64) for column in zip(*boxes, strict=True))  # (B, 4), (B, 2)
+    near, far = stated[:, :2], stated[:, 2:]
+    fractions = ((stated >= 0) & (stated <= 1)).all(axis=1)
+    outside = (near + far > sizes + 1).any(axis=1)  # by more than what rounding and a count from 1 make
+    corners = ((near >= -1) & (far > near) & (far <= sizes + 1)).all(axis=1)
+    if fractions.mean() > MISFITS:
+        found, likely = fractions, "divided by the size of the image"
+    elif outside.sum() > 2 and outside.mean() > MISFITS and corners.mean() > FITS:
+        found, likely = outside, "corners [x1, y1, x2, y2]"
+    else:
+        return
+    what = "lie within the first pixel" if found is fractions else "reach outside their image"
+    raise UserError(f"{path}: {found.sum()} of {len(found)} boxes {what}, the first: bbox {boxes[found.argmax()][0]}; "
+                    f"they are probably {likely}; expected [x, y, width, height] in pixels")
 
 
 def is_crowd(entry: dict[str, Any], where: str) -> bool:

@@ -115,6 +115,12 @@ def list_lines(path: str | Path) -> list[tuple[int, str]]:
     return lines
 
 
+def file_identity(path: str | Path) -> tuple[int, int]:
+    """(device, inode) of a file, the same for every spelling of its path and every link to it."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 def sha256_of(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes; of a file that has not changed since, it is remembered."""
     status = os.stat(path)

@@ -2,7 +2,7 @@
 
     python -m detection.check_data instances_train2017.json instances_val2017.json
     python -m detection.check_data VOC2007/ImageSets/Main/trainval.txt VOC2007/ImageSets/Main/test.txt
-    python -m detection.check_data annotations/instances_train2017.json --images train2017
+    python -m detection.check_data train.json test.json --images train_images --test-images test_images
     python -m detection.check_data DOTA/train DOTA/val --oriented
 
 Every image is decoded once. Errors make training, or numbers measured on these images, wrong (exit status 1); notes
@@ -35,8 +35,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("sources", nargs="+", metavar="SOURCE", help="a COCO file (.json), an image set of Pascal VOC (.txt) or a "
         "folder of DOTA: that of training first, then those of testing")
     add("--oriented", action="store_true", help="check the oriented boxes of DOTA's points and COCO's polygons")
-    add("--images", metavar="FOLDER", help="where the images lie, if not beside a COCO file (in images/ or with it) or "
-        "in JPEGImages/")
+    add("--images", metavar="FOLDER", help="where the images lie, if not beside a COCO file (in images/ or with it), "
+        "in COCO's own layout (annotations/instances_train2017.json, train2017/) or in JPEGImages/")
+    add("--test-images", metavar="FOLDER", help="those of every source but the first, if in another folder")
     add("--processes", type=int, metavar="N", help="how many processes decode; default one a core")
     return parser.parse_args(argv)
 
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     errors, notes, parts, classes = [], [], [], None
     for source in args.sources:
-        findings = Findings([], [])
-        parts.append(read_annotations(source, args.images, classes, findings, args.oriented))
+        findings, images = Findings([], []), args.test_images or args.images if parts else args.images
+        parts.append(read_annotations(source, images, classes, findings, args.oriented))
         classes = parts[0].classes
         print_table(source, parts[-1])
         errors += findings.errors
@@ -146,18 +147,18 @@ def same_images(sources: Sequence[str], parts: Sequence[Annotations],
                 contents: dict[Path, str]) -> tuple[list[str], list[str]]:
     """(errors, notes): the same bytes in several sources, or under several names in one."""
     places = {}
-    for source, part in zip(sources, parts, strict=True):
+    for number, part in enumerate(parts):
         for record in part.records:
             if record.path in contents:
-                places.setdefault(contents[record.path], []).append((source, record.path))
+                places.setdefault(contents[record.path], []).append((number, record.path))
     errors, notes = [], []
     for found in (found for found in places.values() if len(found) > 1):
-        shown = "; ".join(f"{path} ({source})" for source, path in found[:4])
-        among = len({source for source, _ in found})
+        shown = "; ".join(f"{path} ({sources[number]})" for number, path in found[:4])
+        among = len({number for number, _ in found})
         if among > 1:
             errors.append(f"the same image is in {among} sources, so that what is tested was trained on: {shown}")
         else:
-            notes.append(f"the same image is {len(found)} times in {found[0][0]}: {shown}")
+            notes.append(f"the same image is {len(found)} times in {sources[found[0][0]]}: {shown}")
     return errors, notes
 
 

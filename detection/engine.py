@@ -44,7 +44,7 @@ from common.training import (
 from detection import pictures
 from detection.assigners.targets import ground_truth
 from detection.checkpoint import describe_model, describe_preprocessing
-from detection.data.annotations import fingerprint, for_training, read_annotations
+from detection.data.annotations import check_apart, fingerprint, for_training, read_annotations
 from detection.data.batches import AspectRatioBatchSampler, Batch, DetectionDataset, loader
 from detection.data.records import Annotations
 from detection.data.transforms import normalise
@@ -131,6 +131,7 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
     if not any(len(record.labels) for record in train_annotations.records):
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
     test_annotations = read_test_annotations(settings, train_annotations.classes)
+    check_apart(train_annotations, test_annotations)
     precision = run_precision(settings, device)
     more = {"value_range": train_value_range(settings, train_annotations)}
     if method.load_teacher:

@@ -26,7 +26,7 @@ from common.runtime import (
 from detection import pictures
 from detection.checkpoint import load_detector
 from detection.data.annotations import fingerprint, read_annotations
-from detection.data.batches import DetectionDataset, loader, read_image, test_draws
+from detection.data.batches import DetectionDataset, check_sizes, loader, read_image, test_draws
 from detection.data.records import Annotations
 from detection.inference import detect, inference_network
 from detection.metrics.coco_ap import coco_ap
@@ -77,12 +77,13 @@ def ap_of_run(run: Any) -> dict[str, float | None]:
 
 
 def read_test_annotations(settings: Settings, classes: Sequence[str]) -> Annotations:
-    """The Annotations to test on, oriented boxes for DOTA's metric. classes: the names that they are to have, in id
-    order."""
+    """The Annotations to test on, oriented boxes for DOTA's metric, whose images have the sizes that these state: else
+    it would be found after hours of training. classes: the names that they are to have, in id order."""
     annotations = read_annotations(settings.test, settings.test_images or settings.images or None, classes,
                                    oriented=settings.metric == "dota")
     if not annotations.records:
         raise UserError(f"{settings.test}: holds no image to test on")
+    check_sizes(annotations)
     return annotations
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.files import atomic_path, check_output_file, write_json
+from common.files import atomic_path, check_output_file, file_identity, write_json
 from common.images import find_images, low_and_high, range_to_predict_with, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
@@ -62,7 +62,7 @@ def picture_paths(files: Sequence[Path], folder: str | Path) -> dict[Path, Path]
     Raises UserError where a picture would take the place of an image."""
     places = {file: Path(os.path.abspath(file)) for file in files}
     root = os.path.commonpath([place.parent for place in places.values()])
-    images = {(status.st_dev, status.st_ino) for status in (os.stat(file) for file in files if os.path.isfile(file))}
+    images = {file_identity(file) for file in files if os.path.isfile(file)}
     pictures, taken = {}, {}
     for file, place in places.items():
         picture = Path(folder) / place.relative_to(root)
@@ -70,7 +70,7 @@ def picture_paths(files: Sequence[Path], folder: str | Path) -> dict[Path, Path]
             picture = picture.with_name(f"{picture.name}.png")
         while taken.setdefault(picture, place) != place:  # ship.tif beside ship.tif.png
             picture = picture.with_name(f"{picture.stem}_{picture.suffix}")
-        if os.path.isfile(picture) and (os.stat(picture).st_dev, os.stat(picture).st_ino) in images:
+        if os.path.isfile(picture) and file_identity(picture) in images:
             raise UserError(f"--output {folder}: {picture} is one of the images; give a folder of its own")
         pictures[file] = picture
     return pictures

@@ -52,7 +52,8 @@ class Settings:
     train: str = setting("data/mine/train.json", "what to train on: a COCO .json, a Pascal VOC image set .txt, or "
                                                  "several joined by commas")
     test: str = setting("data/mine/test.json", "what to test on, of the same kinds")
-    images: str = setting("", "folder of the images (default: 'images' beside the .json, JPEGImages of VOC)")
+    images: str = setting("", "folder of the images (default: 'images' beside the .json, COCO's own layout, VOC's "
+                              "JPEGImages)")
     test_images: str = setting("", "folder of the images to test on, if it is another")
     output: str = setting("runs/{data}/{stage}", "the stage's own folder; {data} stands for the name of the folder "
                                                  "that --train lies in, {stage} for that of the stage")

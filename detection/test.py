@@ -15,7 +15,7 @@ from common.runtime import resolve_device, run_script, seed_everything, start_pr
 from detection.evaluation import test_only
 from detection.settings import Settings, check_ranges, data_name
 
-FLAGS = ("test", "images", "metric", "suppression", "device", "precision", "workers")
+FLAGS = ("test", "images", "test_images", "metric", "suppression", "device", "precision", "workers")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common.coco import corners_of, is_crowd, read_coco_file
+from common.coco import check_convention, corners_of, is_crowd, read_coco_file
 from common.dota import find_dota_files, horizontal_box, read_label_file
 from common.images import ValueRange, decode_grey, existing_folders, image_size, unreadable
 from common.runtime import UserError
@@ -137,7 +137,7 @@ def _read_coco_file(content, path, categories, margin, images, skipped):
     if len(image_of) < len(content.images):
         raise UserError(f"{path}: two images have the same id")
     label_of = {category: label for label, category in enumerate(categories)}
-    places, located, samples, crowds = _image_places(path, images), {}, [], 0
+    places, located, samples, stated, crowds = _image_places(path, images), {}, [], [], 0
     for number, annotation in enumerate(content.annotations):
         where = f"{path}: annotation {annotation.get('id', f'number {number}')}"
         if is_crowd(annotation, where):
@@ -149,12 +149,14 @@ def _read_coco_file(content, path, categories, margin, images, skipped):
         if image_id not in located:
             located[image_id] = _locate(image_of[image_id], places, path)
         image, size = located[image_id]
+        stated.append((annotation.get("bbox"), size))
         box = square_box(_box_of(annotation, where), size, margin)
         if box is None:
             skipped.append(where)
             continue
         name = f"{_file_name(categories[category])}/{_file_name(image.stem)}_{number}.png"
         samples.append((Chip(str(image), box, name), label_of[category]))
+    check_convention(stated, path)
     return samples, crowds
 
 

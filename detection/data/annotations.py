@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import file_identity
 from common.runtime import UserError
 from detection.data.coco_files import read_coco
 from detection.data.dota_files import read_dota
@@ -24,12 +25,12 @@ def read_annotations(source: str | Path | Sequence[str | Path], images: str | Pa
                      oriented: bool = False) -> Annotations:
     """Read the ground truth of `source`: a path, several joined by commas, or a list of paths.
 
-    images: the folder of the images. None is, for COCO, the folder `images` beside the file, else the file's own; for
-    VOC JPEGImages. classes: the names expected, in id order: of a checkpoint, or of the training set. None takes COCO's
-    categories in the order of their ids (of the first COCO source), or all names in VOC's files in alphabetical order.
-    A class is matched by name, never by place. findings: None, or Findings to add to, where reading goes on. oriented:
-    whether boxes are oriented, the rectangles of least area around DOTA's four points and COCO's polygons (of a crowd
-    around its box); VOC has none.
+    images: the folder of the images. None is, for COCO, the folder `images` beside the file, ../train2017 of
+    annotations/instances_train2017.json, or the file's own; for VOC JPEGImages. classes: the names expected, in id
+    order: of a checkpoint, or of the training set. None takes COCO's categories in the order of their ids (of the first
+    COCO source), or all names in VOC's files in alphabetical order. A class is matched by name, never by place.
+    findings: None, or Findings to add to, where reading goes on. oriented: whether boxes are oriented, the rectangles
+    of least area around DOTA's four points and COCO's polygons (of a crowd around its box); VOC has none.
 
     COCO's (x, y, width, height) and VOC's 1-based corners, from which 1 is subtracted, become 0-based corners. A box
     that reaches outside its image is clipped to it.
@@ -72,10 +73,10 @@ def _join(parts: Sequence[Annotations], classes: Sequence[str]) -> list[Record]:
                 raise UserError(f"{part.source}: unknown category {name!r} (in {place}); expected {', '.join(classes)}")
         number = np.array([number_of.get(name, -1) for name in part.classes], dtype=np.int64)
         for record in part.records:
-            if record.path in source_of:
-                raise UserError(f"{part.source}: image {record.path} is also in {source_of[record.path]}; expected it "
-                                "once")
-            source_of[record.path] = part.source
+            file = file_identity(record.path)
+            if file in source_of:
+                raise UserError(f"{part.source}: image {record.path} is also in {source_of[file]}; expected it once")
+            source_of[file] = part.source
             records.append(replace(record, labels=number[record.labels]))
     return records
 
@@ -94,6 +95,15 @@ def for_training(annotations: Annotations, min_side: int = 32) -> Annotations:
         records.append(replace(record, boxes=record.boxes[kept], labels=record.labels[kept],
                                difficult=record.difficult[kept], areas=record.areas[kept]))
     return replace(annotations, records=records)
+
+
+def check_apart(train: Annotations, test: Annotations) -> None:
+    """Raise UserError where an image file of `train` is one of `test`, under whatever path."""
+    trained_on = {file_identity(record.path) for record in train.records}
+    shared = [record.path for record in test.records if file_identity(record.path) in trained_on]
+    if shared:
+        raise UserError(f"{test.source}: {len(shared)} of its {len(test.records)} images are trained on too, the "
+                        f"first: {shared[0]}; expected other images to test on")
 
 
 def fingerprint(annotations: Annotations) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.images import ValueRange, unreadable
+from common.images import ValueRange, image_size, unreadable
 from common.runtime import UserError
 from detection.data.records import Annotations, Record
 from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size
@@ -88,11 +88,21 @@ def read_image(record: Record, value_range: ValueRange | None = None) -> torch.T
     # A damaged file can make a decoder raise anything; whatever it is, this image is the one to name.
     except Exception as error:
         raise UserError(f"{record.path}: {unreadable(error)}") from None
-    height, width = image.shape[-2:]
-    if (height, width) != (record.height, record.width):
+    _check_size(record, image.shape[2], image.shape[1])
+    return image
+
+
+def check_sizes(annotations: Annotations) -> None:
+    """Raise UserError for an image whose header cannot be read or states another size than its annotation. Some 0.1 ms
+    an image."""
+    for record in annotations.records:
+        _check_size(record, *image_size(record.path))
+
+
+def _check_size(record: Record, width: int, height: int) -> None:
+    if (width, height) != (record.width, record.height):
         raise UserError(f"{record.path}: is {width} x {height} pixels; expected {record.width} x {record.height}, as "
                         "its annotation says: its boxes belong to another version of the image")
-    return image
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

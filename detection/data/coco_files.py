@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.coco import LARGEST, corners_of, is_crowd, is_number, read_coco_file
+from common.coco import LARGEST, check_convention, corners_of, is_crowd, is_number, read_coco_file
 from common.images import existing_folders
 from common.runtime import UserError
 from detection.data.records import Annotations, Findings, clip, noting, record_of
@@ -22,9 +22,8 @@ def read_coco(path: Path, images: str | Path | None, findings: Findings | None, 
     annotations.read_annotations."""
     content = read_coco_file(path)
     label_of = {category: label for label, category in enumerate(content.categories)}
-    beside = path.parent / "images"
-    folder = beside if images is None and beside.is_dir() else existing_folders([images or path.parent])[0]
-    sizes, places, objects = {}, {}, {}
+    folder = _image_folder(path) if images is None else existing_folders([images])[0]
+    sizes, places, objects, stated = {}, {}, {}, []
     for number, entry in enumerate(content.images):
         with noting(findings):
             image_id, size = _coco_image(entry, f"{path}: image {entry.get('id', f'number {number}')}")
@@ -40,9 +39,21 @@ def read_coco(path: Path, images: str | Path | None, findings: Findings | None, 
             found = _coco_object(entry, sizes, label_of, where, findings)
             if found:
                 objects[entry["image_id"]].append(_turned(entry, found, where) if oriented else found)
+                stated.append((entry["bbox"], sizes[entry["image_id"]]))
+    with noting(findings):
+        check_convention(stated, path)
     records = [record_of(place, sizes[image_id], objects[image_id], image_id, oriented)
                for image_id, place in places.items()]
     return Annotations(list(content.categories.values()), records, path)
+
+
+def _image_folder(path: Path) -> Path:
+    """The folder of the images of a COCO file: `images` beside it; in COCO's own layout train2017 beside the folder of
+    annotations/instances_train2017.json; else that of the file."""
+    candidates, parent = [path.parent / "images"], path.absolute().parent
+    if parent.name == "annotations":
+        candidates.append(parent.parent / path.stem.rpartition("_")[2])
+    return next((folder for folder in candidates if folder.is_dir()), path.parent)
 
 
 def _coco_image(entry: dict[str, Any], where: str) -> tuple[int | str, tuple[int, int]]:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from common.runtime import UserError, run_script
 from detection import check_data
-from detection.data.annotations import fingerprint, for_training, read_annotations
+from detection.data.annotations import check_apart, fingerprint, for_training, read_annotations
+from detection.data.batches import check_sizes
 from detection.data.records import Findings
 from detection.data.voc_files import parse_xml
 from tests.support import real, run_program
@@ -89,6 +90,56 @@ def test_coco_images_lie_in_images_or_beside_the_file_or_in_a_folder_named(tmp_p
     for file in (tmp_path / "elsewhere").iterdir():
         file.rename(tmp_path / file.name)
     assert read_annotations(str(path)).records[1].path == tmp_path / "b.png"
+
+
+def test_coco_images_in_the_layout_of_coco_itself(tmp_path):
+    path = coco(tmp_path, [])
+    (tmp_path / "images").rename(tmp_path / "val2017")
+    (tmp_path / "annotations").mkdir()
+    path = path.rename(tmp_path / "annotations" / "instances_val2017.json")
+    assert read_annotations(path).records[0].path == tmp_path / "val2017" / "a.png"
+    elsewhere = path.rename(tmp_path / "val2017.json")  # not in a folder of annotations
+    refused(elsewhere, f"no such image: {tmp_path / 'a.png'}")
+
+
+def boxes_as(convention, count=20):
+    """Annotations of boxes all over an image of 60 x 40, in a convention of [x, y, w, h] in pixels."""
+    generator = np.random.default_rng(0)
+    near, size = generator.uniform(0, 0.7, (count, 2)) * (60, 40), generator.uniform(0.1, 0.3, (count, 2)) * (60, 40)
+    return [{"bbox": convention(*box).tolist()} for box in np.hstack([near, size])]
+
+
+def xywh(x, y, w, h):
+    return np.array([x, y, w, h])
+
+
+def corners(x, y, w, h):
+    return np.array([x, y, x + w, y + h])
+
+
+def fractions(x, y, w, h):
+    return np.array([x / 60, y / 40, w / 60, h / 40])
+
+
+def test_boxes_in_another_convention_are_refused(tmp_path):
+    assert len(read_annotations(coco(tmp_path, boxes_as(xywh))).records[0].boxes) == 20
+    path = coco(tmp_path, boxes_as(corners))
+    message = refused(path, "train.json: ", "of 20 boxes reach outside their image, the first: bbox [", "]; they are "
+                      "probably corners [x1, y1, x2, y2]; expected [x, y, width, height] in pixels")
+    findings = Findings([], [])
+    read_annotations(path, findings=findings)
+    assert findings.errors == [message]
+    refused(coco(tmp_path, boxes_as(fractions)), "20 of 20 boxes lie within the first pixel", "probably divided by the "
+            "size of the image")
+    both = coco(tmp_path, boxes_as(lambda *box: corners(*box) / (60, 40, 60, 40)))
+    refused(both, "probably divided by the size")
+
+
+def test_odd_boxes_are_no_other_convention(tmp_path):
+    whole = [{"bbox": [1, 1, 60, 40]}] * 5  # counted from 1
+    beyond = [{"bbox": [50, 30, 12, 15]}] * 5  # objects cut by the border: no corners
+    tiny = [{"bbox": [0, 0, 1, 1]}]
+    assert len(read_annotations(coco(tmp_path, whole + beyond + tiny)).records[0].boxes) == 11
 
 
 def test_a_box_partly_outside_is_clipped(tmp_path):
@@ -401,6 +452,41 @@ def test_check_data_finds_images_of_training_among_those_of_testing(tmp_path, ca
     assert status == 1
     assert re.search(r"\nerror: the same image is in 2 sources, so that what is tested was trained on: "
                      r"\S*a/images/b\.png \(\S*\); \S*b/images/z\.png \(\S*\)\n", out), out
+
+
+def test_a_file_is_not_both_trained_on_and_tested(tmp_path, capsys, monkeypatch):
+    path = coco(tmp_path, [{"bbox": [1, 2, 3, 4]}])
+    monkeypatch.chdir(tmp_path)
+    for spelling in (path, "train.json", "./train.json", "../" + tmp_path.name + "/train.json"):
+        status, out = check(capsys, path, spelling)
+        assert status == 1 and "\nerror: the same image is in 2 sources" in out
+        with pytest.raises(UserError, match=r"train\.json: 2 of its 2 images are trained on too, the first: .*a\.png"):
+            check_apart(read_annotations(path), read_annotations(spelling))
+        refused(f"{path},{spelling}", "a.png is also in")
+    other = coco(tmp_path / "b", [{"bbox": [1, 2, 3, 4]}])
+    check_apart(read_annotations(path), read_annotations(other))
+    (tmp_path / "b" / "images" / "b.png").unlink()
+    (tmp_path / "b" / "images" / "b.png").symlink_to(tmp_path / "images" / "b.png")
+    with pytest.raises(UserError, match="1 of its 2 images are trained on too"):
+        check_apart(read_annotations(path), read_annotations(other))
+
+
+def test_sizes_are_read_from_headers(tmp_path):
+    annotations = read_annotations(coco(tmp_path, [{"bbox": [1, 2, 3, 4]}]))
+    content = (tmp_path / "images" / "b.png").read_bytes()
+    (tmp_path / "images" / "b.png").write_bytes(content[:100])  # the header is enough
+    check_sizes(annotations)
+    draw(tmp_path / "images" / "b.png", size=(40, 60))
+    with pytest.raises(UserError, match=r"b\.png: is 40 x 60 pixels; expected 60 x 40"):
+        check_sizes(annotations)
+
+
+def test_check_data_takes_the_folder_of_the_images_to_test_on(tmp_path, capsys):
+    train, test = (coco(tmp_path / part, [{"bbox": [1, 2, 3, 4]}], images=images)
+                   for part, images in (("a", ((7, "a.png"), (3, "b.png"))), ("b", ((7, "y.png"), (3, "z.png")))))
+    for part in "ab":
+        (tmp_path / part / "images").rename(tmp_path / f"images_{part}")
+    assert check(capsys, train, test, "--images", tmp_path / "images_a", "--test-images", tmp_path / "images_b")[0] == 0
 
 
 def test_check_data_notes_what_is_odd(tmp_path, capsys):

@@ -24,7 +24,7 @@ from detection.methods.ld import LD, LDSettings
 from detection.metrics.coco_ap import coco_ap
 from detection.network.detector import Architecture, Detector
 from detection.settings import RECIPES, Settings, parse_settings
-from tests.support import QUICK_DETECTOR, real, run_detector, run_program, run_tool
+from tests.support import QUICK_DETECTOR, error_line, real, run_detector, run_program, run_tool
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,17 @@ def test_another_teacher_is_another_run(runs, flags, tmp_path, capsys):
     assert run_detector(train_ld, *flags, *taught(runs), "--teacher", tmp_path / "other.pt", "--output",
                         runs / "ld", "--resume") == 2
     assert "holds a run with teacher-sha256" in capsys.readouterr().err
+
+
+def test_test_images_that_are_trained_on_or_of_another_size_stop_a_run_before_it_begins(scenes, tmp_path, capsys):
+    flags = ("--train", scenes / "train.json", *QUICK_DETECTOR, "--output", tmp_path / "run", "--test")
+    assert run_detector(train_gfl, *flags, os.path.relpath(scenes / "train.json")) == 2
+    assert "10 of its 10 images are trained on too" in error_line(capsys)
+    content = json.loads((scenes / "test.json").read_text())
+    content["images"][3]["width"] += 1
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    assert run_detector(train_gfl, *flags, tmp_path / "test.json", "--test-images", scenes / "images") == 2
+    assert "is 64 x 64 pixels; expected 65 x 64" in error_line(capsys) and not (tmp_path / "run").exists()
 
 
 def test_a_second_run_needs_another_folder_or_resume(runs, flags, capsys):

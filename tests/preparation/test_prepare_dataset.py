@@ -522,6 +522,8 @@ def test_coco_crops_squares_in_category_order(tmp_path, capsys):
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5, "file_name": "one.jpg", "width": 6, "height": 4}]), "says 6 x 4"),
     (coco([(3, [0, 0, 5, 5])], images=[{"id": 5}]), "image 5 has no file_name"),
     (coco([], images=[{"id": 5}, {"id": 5}]), "two images have the same id"),
+    (coco([(3, [30 + i, 20, 40 + i, 30]) for i in range(5)]), "5 of 5 boxes reach outside their.* probably corners"),
+    (coco([(3, [0.1, 0.2, 0.5, 0.5])] * 5), "5 of 5 boxes lie within the first pixel.* divided by the size"),
 ])
 def test_coco_files_that_are_wrong_are_refused(tmp_path, content, words):
     draw(tmp_path / "c" / "one.jpg", 1, (60, 40))
