@@ -70,8 +70,9 @@ def check_convention(boxes: Sequence[tuple[list[float], tuple[float, float]]], p
     else:
         return
     what = "lie within the first pixel" if found is fractions else "reach outside their image"
-    raise UserError(f"{path}: {found.sum()} of {len(found)} boxes {what}, the first: bbox {boxes[found.argmax()][0]}; "
-                    f"they are probably {likely}; expected [x, y, width, height] in pixels")
+    raise UserError(f"{path}: {found.sum()} of {len(boxes)} boxes {what}, the first: bbox "
+                    f"{boxes[int(found.argmax())][0]}; they are probably {likely}; expected [x, y, width, height] in "
+                    "pixels")
 
 
 def is_crowd(entry: dict[str, Any], where: str) -> bool:

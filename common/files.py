@@ -63,10 +63,10 @@ def remove_partials(folder: str | Path, pattern: str = "*") -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write `value` as JSON, atomically. indent: None for one line."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -238,7 +238,7 @@ def without_paths(description: dict[str, Any]) -> dict[str, Any]:
     if "settings" not in description:
         return description
     settings = {name: value for name, value in description["settings"].items()
-                if name not in ("t1", "t2", "t3", "init") or value in ("none", "imagenet", "baseline")}
+                if name not in ("t1", "t2", "t3", "init", "init_detector") or value in ("none", "imagenet", "baseline")}
     return {**description, "settings": settings}
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of detectors: their metadata, and loading them."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from detection.network.detector import HEADS, Architecture, Detector
 
 # The entries of a checkpoint's metadata and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
+SIZES = ("backbone", "depth", "channels", "tower_convs")  # of backbone, pyramid and towers
 RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
 
 
@@ -62,6 +64,27 @@ def architecture_of(model: dict[str, Any]) -> Architecture:
     """The Architecture of a checkpoint's "model" entry. A field that is younger than the checkpoint has its default."""
     return Architecture(**{field.name: model.get(field.name, field.default)
                            for field in dataclasses.fields(Architecture)})
+
+
+def initialise_detector(network: Detector, classes: Sequence[str], path: str | Path) -> str:
+    """Fill `network`, which is to find `classes`, in place from the checkpoint of a detector; returns in words what was
+    loaded. What has no counterpart of its shape there stays as it is, and so do the outputs of other classes.
+
+    Raises UserError where backbone, pyramid or towers differ."""
+    source, description = load_detector(path)
+    sizes = [", ".join(f"{name.replace('_', '-')} {getattr(each.architecture, name)}" for name in SIZES)
+             for each in (source, network)]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"--init-detector {path}: has {sizes[0]}; expected {sizes[1]}")
+    own, state = network.state_dict(), source.state_dict()
+    if description["classes"] != list(classes):
+        with torch.device("meta"):
+            larger = Detector(network.num_classes + 1, network.architecture).state_dict()
+        state = {name: value for name, value in state.items() if name in own and own[name].shape == larger[name].shape}
+    taken = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    network.load_state_dict({**own, **taken})
+    anew = [name for name in own if name not in taken]
+    return f"{len(taken)} of {len(own)} entries from {path}" + (f"; anew: {', '.join(anew)}" if anew else "")
 
 
 def is_description(value: Any) -> bool:

@@ -43,7 +43,7 @@ from common.training import (
 )
 from detection import pictures
 from detection.assigners.targets import ground_truth
-from detection.checkpoint import describe_model, describe_preprocessing
+from detection.checkpoint import describe_model, describe_preprocessing, initialise_detector
 from detection.data.annotations import check_apart, fingerprint, for_training, read_annotations
 from detection.data.batches import AspectRatioBatchSampler, Batch, DetectionDataset, loader
 from detection.data.records import Annotations
@@ -125,7 +125,7 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
     the others would have scored on the test images."""
     folder = Path(settings.output)
     check_common_settings(settings)
-    if settings.init == "none" or not settings.frozen:  # else batch norm keeps its statistics
+    if not settings.starts_frozen:  # else batch norm keeps its statistics
         check_batch_norm_has_pixels(settings, settings.long)
     train_annotations = for_training(read_annotations(settings.train, settings.images or None))
     if not any(len(record.labels) for record in train_annotations.records):
@@ -187,10 +187,11 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
     teacher = method.load_teacher(settings, description, device, precision) if method.load_teacher else None
     torch.manual_seed(settings.seed)  # again: the same weights to start from, whatever was read before
     num_classes = len(train_annotations.classes)
-    frozen = settings.frozen and settings.init != "none"
-    network = Detector(num_classes, method.architecture(settings), frozen)
+    network = Detector(num_classes, method.architecture(settings), settings.starts_frozen)
     if not is_resumed(settings):
-        say(f"initialised: {network.backbone.name} with {initialise(network.backbone, settings.init)}")
+        say("initialised: " + (
+            initialise_detector(network, train_annotations.classes, settings.init_detector) if settings.init_detector
+            else f"{network.backbone.name} with {initialise(network.backbone, settings.init)}"))
     companions = method.companions(num_classes, settings)
     for trained in (network, *companions.values()):
         trained.to(device, memory_format=torch.channels_last)
@@ -198,7 +199,7 @@ def start_run(method: Method, settings: Settings, train_annotations: Annotations
                     settings, device)
     shapes = [(record.height, record.width) for record in train_annotations.records]
     sampler = AspectRatioBatchSampler(shapes, settings.batch_size, settings.seed, rank(), world_size(), settings.short,
-                                      settings.long, FLIP, settings.repeat)
+                                      settings.long, FLIP, settings.repeat, settings.augment == "dihedral")
     run = Run(name=method.name, settings=settings, device=device, precision=precision, network=network,
               optimizer=optimizer, sampler=sampler, description=description, method=method,
               train_annotations=train_annotations, test_annotations=test_annotations, teacher=teacher,

@@ -29,7 +29,7 @@ from detection.data.annotations import fingerprint, read_annotations
 from detection.data.batches import DetectionDataset, check_sizes, loader, read_image, test_draws
 from detection.data.records import Annotations
 from detection.inference import detect, inference_network
-from detection.metrics.coco_ap import coco_ap
+from detection.metrics.coco_ap import coco_ap, coco_results
 from detection.metrics.dota_ap import dota_ap
 from detection.metrics.voc_ap import voc_ap
 from detection.network.detector import Detector
@@ -109,8 +109,9 @@ def cost(network: Detector, preprocessing: dict[str, Any], device: torch.device,
 
 
 def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[str, Any] | None:
-    """Test a checkpoint: print the table, and write results.json, precision_recall.png and detections.png into
-    `settings.output`. Returns the results on the first process, None on the others."""
+    """Test a checkpoint: print the table, and write results.json, precision_recall.png, detections.png and, of a COCO
+    file, detections.json (COCO's results format) into `settings.output`. Returns the results on the first process, None
+    on the others."""
     folder = Path(settings.output)
     network, description = load_detector(weights)
     annotations = read_test_annotations(settings, description["classes"])
@@ -135,13 +136,16 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
     print(f"{results['parameters'] / 1e6:.2f} M parameters, {results['flops'] / 1e9:.1f} GFLOP and "
           f"{results['ms_per_image']} ms an image of {'x'.join(map(str, results['cost_image_size']))} ({precision}, "
           f"{results['device']})", flush=True)
-    write_json(folder / "results.json", results)
+    if annotations.category_ids and settings.metric != "dota":  # whose boxes are oriented
+        write_json(folder / "detections.json", coco_results(found, annotations), indent=None)
+    write_json(folder / "results.json", results)  # last: it says that the run is finished
     with optional_picture(folder / "precision_recall.png") as path:
         pictures.draw_precision_recall(curves, path)
     with optional_picture(folder / "detections.png") as path:
         draw_sheet(annotations, found, path, preprocessing.get("value_range"))
-    drawn = [name for name in ("precision_recall.png", "detections.png") if (folder / name).is_file()]
-    print(f"written: {', '.join([str(folder / 'results.json'), *drawn])}", flush=True)
+    others = ("precision_recall.png", "detections.png", "detections.json")
+    written = [name for name in others if (folder / name).is_file()]
+    print(f"written: {', '.join([str(folder / 'results.json'), *written])}", flush=True)
     return results
 
 

@@ -60,6 +60,8 @@ class Settings:
     recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
         f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
     init: str = setting("imagenet", "what the backbone starts from: imagenet, a file, or none")
+    init_detector: str = setting("", "checkpoint of a detector to start from instead, with pyramid and head; outputs "
+                                     "for other classes start anew")
     frozen: bool = setting(True, "fine-tune the published way: the backbone's stem, layer1 and batch-norm statistics "
                                  "stay as they are; with --init none nothing ever does")
     backbone: str = setting("resnet", "ResNet, ResNeXt (32x4d) or Res2Net (26w x 4s)", choices=tuple(FAMILIES))
@@ -67,6 +69,9 @@ class Settings:
     dcn: str = setting("none", "the stages of the backbone with deformable convolutions (DCNv2)", choices=tuple(DCN))
     channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32, at least 64")
     tower_convs: int = setting(4, "convolutions of each tower of the head")
+    augment: str = setting("flip", "training images are mirrored left to right at random (flip, published), or also "
+                                   "turned by quarters (dihedral), as scenes from above allow",
+                           choices=("flip", "dihedral"))
     epochs: int = setting(12, "passes over the training images")
     batch_size: int = setting(16, "images of a step, over all processes together")
     lr: float = setting(0.01, "learning rate for a batch of 16; for another it is scaled in proportion")
@@ -103,6 +108,11 @@ class Settings:
     def recipes(cls) -> dict[str, dict[str, Any]]:
         """{name: {setting: value}} of the published schedules. A method with others has them as choices of `recipe`."""
         return RECIPES
+
+    @property
+    def starts_frozen(self) -> bool:
+        """Whether the ResNet is fine-tuned the published way: there is something to keep."""
+        return self.frozen and (self.init != "none" or self.init_detector != "")
 
     def ranges(self) -> tuple[tuple[str, float, float], ...]:
         """[(name, lowest, highest)] of the settings that are numbers."""

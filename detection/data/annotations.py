@@ -47,7 +47,8 @@ def read_annotations(source: str | Path | Sequence[str | Path], images: str | Pa
         if findings and findings.errors:
             raise UserError(findings.errors[0])
         raise UserError(f"{paths[0]}: no object, and so no class; expected annotated images")
-    return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))))
+    return Annotations(list(classes), _join(parts, classes), Path(",".join(map(str, paths))),
+                       parts[0].category_ids if len(parts) == 1 else None)
 
 
 def _read_part(path: Path, images: str | Path | None, findings: Findings | None, oriented: bool) -> Annotations:

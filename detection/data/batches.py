@@ -12,22 +12,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.images import ValueRange, image_size, unreadable
 from common.runtime import UserError
 from detection.data.records import Annotations, Record
-from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size
+from detection.data.transforms import decode_rgb, flip, pad_to_batch, resize, target_size, turn
 
 
 class Draw(NamedTuple):
     """An image to load. index: of its record. short, long: the limits of its sides in pixels, see
-    `transforms.target_size`. flip: whether to mirror it."""
+    `transforms.target_size`. flip: whether to mirror it. quarters: turns that follow, see `transforms.turn`."""
 
     index: int
     short: int
     long: int
     flip: bool
+    quarters: int = 0
 
 
 class Sample(NamedTuple):
     """An image as the network sees it. image: (3, h, w) uint8. boxes: (G, 4) float32, x1 y1 x2 y2 in its pixels.
-    labels: (G,) int64. index: of its record. scale: (w / width, h / height), its size to that of the file."""
+    labels: (G,) int64. index: of its record. scale: (w / width, h / height), its size, before it was turned, to that of
+    the file."""
 
     image: torch.Tensor
     boxes: torch.Tensor
@@ -69,6 +71,7 @@ class DetectionDataset(Dataset):
         image, boxes = resize(read_image(record, self.value_range), torch.tensor(record.boxes), size)
         if draw.flip:
             image, boxes = flip(image, boxes)
+        image, boxes = turn(image, boxes, draw.quarters)
         return Sample(image, boxes, torch.tensor(record.labels), draw.index,
                       (size[1] / record.width, size[0] / record.height))
 
@@ -121,20 +124,22 @@ class AspectRatioBatchSampler(Sampler):
 
     shapes: [(height, width)] of the images. batch_size: images of the global batch, a multiple of world_size; process
     `rank` takes every world_size-th of them. shorts: (lo, hi); each image's short side is drawn evenly from lo..hi,
-    both included. long: limit of the long side. flip: probability of mirroring an image.
+    both included. long: limit of the long side. flip: probability of mirroring an image. turns: whether images are
+    turned, too, by any number of quarters: all images of a batch by 0 or 2, or all by 1 or 3, so that they remain all
+    wide or all tall.
 
     Iterating yields the batches of `epoch` that are left after its first `step`, as lists of Draw, and changes neither:
     a loader draws ahead of the training, which alone knows how many batches it has consumed. It calls `set_position`
     before each epoch."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], batch_size: int, seed: int, rank: int, world_size: int,
-                 shorts: tuple[int, int], long: int, flip: float, repeat: int = 1):
+                 shorts: tuple[int, int], long: int, flip: float, repeat: int = 1, turns: bool = False):
         heights, widths = np.array(shapes, dtype=np.int64).reshape(-1, 2).T
         self.wide = np.tile(widths >= heights, repeat)  # (N * repeat,)
         self.count = len(heights)
         self.batch_size, self.seed = batch_size, seed
         self.slice = slice(rank, None, world_size)
-        self.shorts, self.long, self.flip = shorts, long, flip
+        self.shorts, self.long, self.flip, self.turns = shorts, long, flip, turns
         self.epoch, self.step = 0, 0
 
     def __len__(self) -> int:
@@ -151,9 +156,13 @@ class AspectRatioBatchSampler(Sampler):
         batches = batches[generator.permutation(len(batches))] % self.count  # (batches, batch_size)
         shorts = generator.integers(self.shorts[0], self.shorts[1] + 1, batches.shape)
         flips = generator.random(batches.shape) < self.flip
-        for images, short, flipped in zip(batches[step:], shorts[step:], flips[step:], strict=True):
-            own = (values[self.slice].tolist() for values in (images, short, flipped))
-            yield [Draw(image, limit, self.long, mirrored) for image, limit, mirrored in zip(*own, strict=True)]
+        quarters = np.zeros(batches.shape, dtype=np.int64)
+        if self.turns:
+            quarters = generator.integers(0, 2, (len(batches), 1)) + 2 * generator.integers(0, 2, batches.shape)
+        for drawn in list(zip(batches, shorts, flips, quarters, strict=True))[step:]:
+            own = (values[self.slice].tolist() for values in drawn)
+            yield [Draw(image, limit, self.long, mirrored, turned)
+                   for image, limit, mirrored, turned in zip(*own, strict=True)]
 
     def _fill(self, group: np.ndarray) -> np.ndarray:
         """(n,) -> (ceil(n / batch_size), batch_size), what is missing taken from the start again."""

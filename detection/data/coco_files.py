@@ -44,7 +44,8 @@ def read_coco(path: Path, images: str | Path | None, findings: Findings | None, 
         check_convention(stated, path)
     records = [record_of(place, sizes[image_id], objects[image_id], image_id, oriented)
                for image_id, place in places.items()]
-    return Annotations(list(content.categories.values()), records, path)
+    ids = {name: category for category, name in content.categories.items()}
+    return Annotations(list(ids), records, path, ids)
 
 
 def _image_folder(path: Path) -> Path:

@@ -34,11 +34,12 @@ class Record:
 @dataclass(frozen=True, eq=False)
 class Annotations:
     """The ground truth of many images. classes: names in id order. source: where it was read, several joined by
-    commas."""
+    commas. category_ids: {name: id} as the file has them, where the source is one COCO file."""
 
     classes: list[str]
     records: list[Record]
     source: Path
+    category_ids: dict[str, int] | None = None
 
 
 class Findings(NamedTuple):

@@ -81,6 +81,17 @@ def rotate(image: torch.Tensor, boxes: torch.Tensor, angle: float) -> tuple[torc
     return image, turned, ((centres > 0) & (centres < 2 * middle)).all(dim=1)
 
 
+def turn(image: torch.Tensor, boxes: torch.Tensor, quarters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn counter-clockwise by 0 to 3 quarters, by each of which (x, y) becomes (y, W - x). image: (3, H, W). boxes:
+    (G, 4), x1 y1 x2 y2 in pixels."""
+    turned = image
+    for _ in range(quarters):
+        x1, y1, x2, y2 = boxes.unbind(1)
+        width = turned.shape[2]
+        boxes, turned = torch.stack([y1, width - x2, y2, width - x1], dim=1), turned.rot90(dims=(1, 2))
+    return turned, boxes
+
+
 def pad_to_batch(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Images of different sizes as one batch, padded at the right and at the bottom.
 

@@ -47,6 +47,18 @@ def coco_ap(detections: Sequence[Mapping[str, Any]], annotations: Annotations) -
             "per_class": per_class, "curves": curves}
 
 
+def coco_results(detections: Sequence[Mapping[str, Any]], annotations: Annotations) -> list[dict[str, Any]]:
+    """The entries of a COCO results file, as pycocotools' `loadRes` and COCO's server read it, with the image and
+    category ids of the annotation file. Detections of classes that it does not have are left out.
+
+    detections: as in `coco_ap`. annotations: of one COCO file."""
+    ids = [annotations.category_ids.get(name) for name in annotations.classes]
+    return [{"image_id": record.image_id, "category_id": ids[label], "bbox": box, "score": score}
+            for record, found in zip(annotations.records, detections, strict=True)
+            for box, label, score in zip(_xywh(found["boxes"]), found["labels"].tolist(), found["scores"].tolist(),
+                                         strict=True) if ids[label] is not None]
+
+
 def _mean(precision: np.ndarray) -> float | None:
     """The mean precision, None where pycocotools says that there was no object (-1)."""
     return None if precision.min() < 0 else float(precision.mean())

@@ -1,6 +1,9 @@
 """Average precision: Pascal VOC's against a slow reference and by hand, COCO's against figures of pycocotools."""
 
+import contextlib
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.data.records import Annotations, Record
-from detection.metrics.coco_ap import STATS, coco_ap
+from detection.metrics.coco_ap import STATS, coco_ap, coco_results
 from detection.metrics.voc_ap import IOU_THRESHOLDS, average_precision, envelope, match, voc_ap
 from detection.tables import results_table
 
@@ -353,3 +356,33 @@ def test_the_table_of_pascal_voc_names_its_rule():
     assert lines[0].split() == ["class", "objects", "AP", "AP50", "AP75"]
     assert lines[1].split() == ["ship", "1", "100.0", "100.0", "100.0"] and lines[3].split()[:3] == ["all", "2", "50.0"]
     assert lines[4] == "1 test images; Pascal VOC AP, 11-point"
+
+
+# ---- COCO's results files --------------------------------------------------------------------------------------------
+
+
+def test_a_results_file_has_the_ids_of_the_annotation_file_and_the_same_ap():
+    detections, annotations = random_set(5)
+    records = [replace(record, image_id=90 + 3 * number) for number, record in enumerate(annotations.records)]
+    annotations = replace(annotations, records=records, category_ids={"plane": 7, "harbour": 3, "ship": 12})
+    objects = [(record.image_id, annotations.category_ids[CLASSES[label]], box, bool(crowd)) for record in records
+               for box, label, crowd in zip(record.boxes.tolist(), record.labels, record.difficult, strict=True)]
+    truth = COCO()
+    truth.dataset = {"info": {}, "images": [{"id": record.image_id} for record in records],
+                     "categories": [{"id": number} for number in annotations.category_ids.values()],
+                     "annotations": [{"id": number, "image_id": image, "category_id": category, "iscrowd": int(crowd),
+                                      "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                                      "area": (box[2] - box[0]) * (box[3] - box[1])}
+                                     for number, (image, category, box, crowd) in enumerate(objects, 1)]}
+    rows = json.loads(json.dumps(coco_results(detections, annotations)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    ours = coco_ap(detections, annotations)
+    assert 0.1 < ours["AP"] < 0.9
+    assert evaluation.stats.tolist() == pytest.approx([ours[name] for name in STATS], abs=1e-12)
+    fewer = replace(annotations, category_ids={"plane": 7})
+    assert coco_results(detections, fewer) == [row for row in rows if row["category_id"] == 7] != []

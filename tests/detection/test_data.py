@@ -17,7 +17,7 @@ from common.runtime import UserError
 from detection.data import batches
 from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, Draw, collate, loader
 from detection.data.records import Annotations, Record
-from detection.data.transforms import MEAN, STD, decode_rgb, flip, normalise, pad_to_batch, resize, target_size
+from detection.data.transforms import MEAN, STD, decode_rgb, flip, normalise, pad_to_batch, resize, target_size, turn
 
 
 def noise(*shape, seed=0):
@@ -158,6 +158,20 @@ def test_flip_mirrors_pixels_and_boxes_and_is_an_involution():
     assert flip(image, torch.zeros(0, 4))[1].shape == (0, 4)
 
 
+@pytest.mark.parametrize("quarters", range(4))
+def test_a_turn_moves_pixels_and_boxes_alike(quarters):
+    image, boxes = torch.zeros(3, 6, 10, dtype=torch.uint8), torch.tensor([[1.0, 2, 4, 5], [0, 0, 10, 6]])
+    image[:, 2:5, 1:4] = noise(3, 3, 3) // 2 + 1
+    turned, found = turn(image, boxes, quarters)
+    assert (turned.numpy() == np.rot90(image.numpy(), quarters, (1, 2))).all()
+    x1, y1, x2, y2 = found[0].int().tolist()
+    assert (turned[:, y1:y2, x1:x2] > 0).all() and (turned > 0).sum() == 27
+    assert found[1].tolist() == [0, 0, *((6, 10) if quarters % 2 else (10, 6))]
+    back, again = turn(turned, found, -quarters % 4)
+    assert torch.equal(back, image) and torch.equal(again, boxes)
+    assert turn(image, torch.zeros(0, 4), quarters)[1].shape == (0, 4)
+
+
 def test_batches_are_padded_to_multiples_of_32():
     batch, sizes = pad_to_batch([noise(3, 800, 1067)])
     assert batch.shape == (1, 3, 800, 1088) and sizes == [(800, 1067)]
@@ -243,7 +257,7 @@ def test_collate_keeps_what_belongs_together(annotations):
 
 
 def test_test_draws_are_all_images_in_order_and_not_mirrored(annotations):
-    assert batches.test_draws(annotations, 800, 1333) == [(index, 800, 1333, False) for index in range(5)]
+    assert batches.test_draws(annotations, 800, 1333) == [(index, 800, 1333, False, 0) for index in range(5)]
 
 
 def batches_equal(first, second):
@@ -301,8 +315,9 @@ MANY = [(int(h), int(w)) for h, w in GENERATOR.integers(30, 90, (53, 2))] + [(50
 WIDE = {index for index, (h, w) in enumerate(MANY) if w / h >= 1}
 
 
-def sampler_of(shapes=MANY, batch_size=8, seed=3, rank=0, world_size=1, shorts=(480, 800), flip=0.5, repeat=1):
-    return AspectRatioBatchSampler(shapes, batch_size, seed, rank, world_size, shorts, 1333, flip, repeat)
+def sampler_of(shapes=MANY, batch_size=8, seed=3, rank=0, world_size=1, shorts=(480, 800), flip=0.5, repeat=1,
+               turns=False):
+    return AspectRatioBatchSampler(shapes, batch_size, seed, rank, world_size, shorts, 1333, flip, repeat, turns)
 
 
 @pytest.mark.parametrize("repeat", [1, 3])
@@ -360,6 +375,37 @@ def test_short_sides_are_drawn_evenly_image_by_image_and_half_are_mirrored():
     assert {draw.short for batch in sampler_of(shorts=(800, 800)) for draw in batch} == {800}
     assert not any(draw.flip for batch in sampler_of(flip=0) for draw in batch)
     assert all(draw.flip for batch in sampler_of(flip=1) for draw in batch)
+
+
+def test_turned_images_are_drawn_as_the_others_and_stay_in_batches_of_one_group():
+    sampler, plain = sampler_of(repeat=60, turns=True), sampler_of(repeat=60)
+    drawn = list(sampler)
+    assert [[draw[:4] for draw in batch] for batch in drawn] == [[draw[:4] for draw in batch] for batch in plain]
+    assert all(len({draw.quarters % 2 for draw in batch}) == 1 for batch in drawn)
+    counts = Counter((draw.flip, draw.quarters) for batch in drawn for draw in batch)
+    assert len(counts) == 8 and min(counts.values()) > 0.75 * sum(counts.values()) / 8
+    assert {draw.quarters for batch in plain for draw in batch} == {0}
+    published = sampler_of([(20, 30)] * 3 + [(30, 20)], 2)
+    published.set_position(1, 0)
+    assert [draw[:4] for batch in published for draw in batch] == [
+        (2, 528, 1333, True), (0, 617, 1333, False), (3, 751, 1333, False), (3, 652, 1333, False),
+        (0, 660, 1333, False), (1, 770, 1333, True)]
+    resumed = sampler_of(repeat=60, turns=True)
+    resumed.set_position(0, 5)
+    assert list(resumed) == drawn[5:]
+
+
+def test_a_turned_batch_has_the_padding_of_one_that_is_not(annotations):
+    dataset, wide = DetectionDataset(annotations), (0, 2)
+    for quarters in range(4):
+        batch = collate([dataset[Draw(index, 80, 120, True, quarters)] for index in wide])
+        assert batch.images.shape[2:] == ((96, 128) if quarters % 2 == 0 else (128, 96))
+        for number, index in enumerate(wide):
+            plain = dataset[Draw(index, 80, 120, True)]
+            image, boxes = turn(plain.image, plain.boxes, quarters)
+            height, width = batch.sizes[number]
+            assert torch.equal(batch.images[number, :, :height, :width], image)
+            assert torch.equal(batch.boxes[number], boxes) and batch.scales[number] == plain.scale
 
 
 def test_a_resumed_epoch_goes_on_with_the_batch_after_the_last_one_consumed():

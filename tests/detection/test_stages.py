@@ -4,6 +4,7 @@ processes; and that a detector learns."""
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 
@@ -71,7 +72,7 @@ def test_a_run_leaves_its_files(runs):
     for stage in ("teacher", "ld"):
         assert set(os.listdir(runs / stage)) == {
             "settings.json", "log.jsonl", "last.pt", "final.pt", "results.json", "curves.png", "precision_recall.png",
-            "detections.png"}
+            "detections.png", "detections.json"}
     results = json.loads((runs / "ld" / "results.json").read_text())
     assert results["stage"] == "ld" and results["epoch"] == 2 and results["images"] == 4
     assert [row["name"] for row in results["per_class"]] == ["plane", "ship", "storage_tank"]
@@ -187,6 +188,30 @@ def test_test_images_that_are_trained_on_or_of_another_size_stop_a_run_before_it
     (tmp_path / "test.json").write_text(json.dumps(content))
     assert run_detector(train_gfl, *flags, tmp_path / "test.json", "--test-images", scenes / "images") == 2
     assert "is 64 x 64 pixels; expected 65 x 64" in error_line(capsys) and not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_a_detector(runs, scenes, flags, tmp_path, capsys):
+    standing = ("--epochs", "1", "--lr", "1e-12", "--init-detector", runs / "teacher" / "final.pt", "--output")
+    assert run_detector(train_gfl, *flags, *standing, tmp_path / "same") == 0
+    before, after = weights_of(runs / "teacher"), weights_of(tmp_path / "same")
+    assert all(torch.allclose(value, after[name], atol=1e-6) for name, value in before.items())
+    content = json.loads((scenes / "train.json").read_text())
+    content["categories"].append({"id": 99, "name": "zeppelin"})
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    other = ("--train", tmp_path / "train.json", "--images", scenes / "images", "--quality", "--augment", "dihedral")
+    assert run_detector(train_gfl, *flags, *other, *standing, tmp_path / "more") == 0
+    line, = re.findall(r"initialised: (.*)\n", capsys.readouterr().out)
+    after = weights_of(tmp_path / "more")
+    quality = [name for name in after if name.startswith("head.quality.")]
+    anew = ["head.classify.weight", "head.classify.bias", *quality]
+    assert line == (f"{len(after) - 6} of {len(after)} entries from {runs / 'teacher' / 'final.pt'}; anew: "
+                    f"{', '.join(anew)}")
+    assert set(after) - set(before) == set(quality) and after["head.classify.bias"].shape == (4,)
+    assert all(torch.allclose(value, after[name], atol=1e-6) for name, value in before.items() if name not in anew)
+    assert run_detector(train_gfl, *flags, "--tower-convs", "2", *standing, tmp_path / "other") == 2
+    assert error_line(capsys).endswith("final.pt: has backbone resnet, depth 18, channels 64, tower-convs 1; expected "
+                                       "backbone resnet, depth 18, channels 64, tower-convs 2\n")
 
 
 def test_a_second_run_needs_another_folder_or_resume(runs, flags, capsys):
