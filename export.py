@@ -24,16 +24,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common import exported
 from common.files import atomic_path, publish_checkpoint, sha256_of, without_paths
 from common.images import ValueRange, decode_squares, find_images
 from common.weights import fold_batch_norm
 from dataset import folder_of_list, network_input
-from recognition.exported import METADATA, LogitsFunction, read_exported, require_packages, require_torch
+from recognition.exported import LogitsFunction, read_exported
 from recognition.inference import load_classifier
 from resnet50 import ResNet50
 
 LIMIT = 1e-4  # largest difference between file and network, as a part of the largest logit; rounding makes 1e-6
 CHECKED = 64  # images to compare on at most
+DYNAMIC = {0: torch.export.Dim("batch")}  # dimensions of the input
 
 
 class BytesToLogits(nn.Module):
@@ -52,27 +54,18 @@ class BytesToLogits(nn.Module):
 def trace(network: ResNet50, size: int) -> torch.export.ExportedProgram:
     """The torch.export program of a network for batches of any number of images of size x size pixels."""
     images = torch.zeros(2, 1, size, size, dtype=torch.uint8)  # a batch of 1 could be taken for a constant
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(BytesToLogits(network).eval(), (images,), dynamic_shapes=shapes)
-    for node in program.graph.nodes:  # the rest refers to the source, with paths of this machine
-        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
-    return program
+    return exported.trace(BytesToLogits(network).eval(), images, DYNAMIC)
 
 
 def onnx_bytes(program: torch.export.ExportedProgram, description: str) -> bytes:
     """The content of an ONNX file."""
-    exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"],
-                                 dynamic_shapes={"images": {0: "batch"}})
-    for node in exported.model.graph:
-        node.metadata_props.clear()  # as in `trace`
-    exported.model.metadata_props[METADATA] = description
-    return exported.model_proto.SerializeToString()
+    return exported.onnx_bytes(program, DYNAMIC, ["logits"], description)
 
 
 def program_bytes(program: torch.export.ExportedProgram, description: str) -> bytes:
     """The content of a .pt2 file, which `torch.export.load` reads."""
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={METADATA: description})
+    torch.export.save(program, content, extra_files={exported.METADATA: description})
     return content.getvalue()
 
 
@@ -104,11 +97,11 @@ def compare(network: ResNet50, logits_of: LogitsFunction, images: torch.Tensor, 
     logits_of: the exported file as a function. images: (N, 1, size, size) uint8. path: of the file, for messages."""
     parts = batches(images)
     expected = torch.cat([network(network_input(part))[0] for part in parts])  # (N, classes)
-    exported = torch.cat([logits_of(part) for part in parts])
+    found = torch.cat([logits_of(part) for part in parts])
     limit = LIMIT * expected.abs().max()
-    difference = (exported - expected).abs().max() / expected.abs().max()
+    difference = (found - expected).abs().max() / expected.abs().max()
     # Rounding may swap two classes whose logits differ by less than the limit.
-    chosen = expected.gather(1, exported.argmax(1, keepdim=True)).squeeze(1)
+    chosen = expected.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
     others = int((expected.amax(1) - chosen > limit).sum())
     sizes = ", ".join(str(size) for size in sorted({len(part) for part in parts}))
     message = (f"{len(images)} images in batches of {sizes}: the largest difference is {difference:.1e} of the largest "
@@ -123,10 +116,10 @@ def compare(network: ResNet50, logits_of: LogitsFunction, images: torch.Tensor, 
 
 def export(args: argparse.Namespace) -> None:
     """`onnx` and `program`."""
-    require_torch()
+    exported.require_torch()
     suffix = {"onnx": ".onnx", "program": ".pt2"}[args.form]
     if args.form == "onnx":
-        require_packages("onnx", "onnxscript", "onnxruntime")
+        exported.require_packages("onnx", "onnxscript", "onnxruntime")
     network, description = load_classifier(args.weights, args.data_root, args.image_size)
     size = description["preprocessing"]["image_size"]
     value_range = description["preprocessing"].get("value_range")

@@ -42,22 +42,28 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     if not is_description(description):
         raise UserError(f"{path}: not a detector of this project; expected final.pt or last.pt of a detection run (for "
                         "weights of mmdet see python -m detection.convert)")
+    empty = empty_detector(path, description)
+    state = content.get("model")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
+    check_entries(path, state, empty.state_dict(), f"a detector on {empty.backbone.name}")
+    network = Detector(empty.num_classes, empty.architecture)
+    network.load_state_dict(state)
+    return network.eval(), description
+
+
+def empty_detector(path: str | Path, description: dict[str, Any]) -> Detector:
+    """The Detector of a description, without storage for its weights: a small file may claim to be a huge network.
+
+    Raises UserError, naming the file at `path`, for anchors or normalisation that are not those of this project."""
     model = description["model"]
     for part, name, expected in ((model, "strides", list(STRIDES)), (model, "anchor_scale", ANCHOR_SCALE),
                                  (model, "anchor_offset", 0), (description["preprocessing"], "mean", list(MEAN)),
                                  (description["preprocessing"], "std", list(STD))):
         if part.get(name) != expected:
             raise UserError(f"{path}: its {name} is {str(part.get(name))[:80]}; expected {expected}")
-    arguments = len(description["classes"]), architecture_of(model)
-    state = content.get("model")
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
-    with torch.device("meta"):  # names and shapes alone: a small file may claim to be a huge network
-        expected = Detector(*arguments)
-    check_entries(path, state, expected.state_dict(), f"a detector on {expected.backbone.name}")
-    network = Detector(*arguments)
-    network.load_state_dict(state)
-    return network.eval(), description
+    with torch.device("meta"):
+        return Detector(len(description["classes"]), architecture_of(model))
 
 
 def architecture_of(model: dict[str, Any]) -> Architecture:

@@ -138,7 +138,7 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
           f"{results['device']})", flush=True)
     if annotations.category_ids and settings.metric != "dota":  # whose boxes are oriented
         write_json(folder / "detections.json", coco_results(found, annotations), indent=None)
-    write_json(folder / "results.json", results)  # last: it says that the run is finished
+    write_json(folder / "results.json", results)  # after the detections: it says that the run is finished
     with optional_picture(folder / "precision_recall.png") as path:
         pictures.draw_precision_recall(curves, path)
     with optional_picture(folder / "detections.png") as path:

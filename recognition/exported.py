@@ -5,7 +5,6 @@ Reading a file must not run code, whoever sent it. An ONNX file holds no code. `
 program (pickles, compiled libraries, evaluated expressions), so torch is given a copy that holds only the parts of a
 program of this project, each of them checked."""
 
-import importlib.util
 import io
 import json
 import logging
@@ -18,13 +17,13 @@ from typing import Any
 
 import torch
 
+from common.exported import METADATA, read_onnx, require_torch
 from common.files import unpacked_size
 from common.runtime import UserError
 from resnet50 import is_description
 
 LogitsFunction = Callable[[torch.Tensor], torch.Tensor]  # images (B, 1, S, S) uint8 -> logits (B, classes) fp32
 SUFFIXES = (".onnx", ".pt2")
-METADATA = "description.json"  # a file in a program; a key of an ONNX file's metadata
 
 
 def read_exported(path: str | Path, suffix: str | None = None) -> tuple[LogitsFunction, dict[str, Any]]:
@@ -57,37 +56,9 @@ def _check_that_it_works(logits_of: LogitsFunction, description: Any) -> None:
         raise ValueError("its logits do not fit its class names")
 
 
-def require_packages(*names: str) -> None:
-    """Raise UserError for the first package that is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"the package {name} is not installed; pip install -r requirements-export.txt")
-
-
-def require_torch() -> None:
-    """Raise UserError for a torch that cannot write a program without pickles in it."""
-    if torch.__version__ < (2, 9):
-        raise UserError(f"this is torch {torch.__version__}, and exported programs need torch 2.9 or later; "
-                        "pip install --upgrade torch torchvision")
-
-
-# ---- ONNX ----------------------------------------------------------------------------------------------------------
-
-
 def _read_onnx(path: Path) -> tuple[LogitsFunction, Any]:
-    require_packages("onnxruntime")
-    import onnxruntime  # an optional package
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # else it prints its own report of a damaged file
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    description = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
-
-    def logits_of(images):
-        return torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
-
-    return logits_of, description
+    run, description = read_onnx(path)
+    return lambda images: run(images)[0], description
 
 
 # ---- torch.export --------------------------------------------------------------------------------------------------

@@ -105,13 +105,17 @@ def pad_to_batch(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[tup
     return batch, sizes
 
 
-def normalise(images: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """(N, 3, H, W) uint8 -> float32 on the images' device: (value - mean) / std of each channel, and 0 in the padding.
-
-    image_sizes: [(h, w)] of the images without their padding."""
+def normalise_colours(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) uint8 -> float32 on the images' device: (value - mean) / std of each channel."""
     batch = images.float()
     for channel, channel_mean, channel_std in zip(batch.unbind(1), MEAN, STD, strict=True):
         channel.sub_(channel_mean).div_(channel_std)
+    return batch
+
+
+def normalise(images: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """`normalise_colours`, and 0 in the padding. image_sizes: [(h, w)] of the images without their padding."""
+    batch = normalise_colours(images)
     for image, (h, w) in zip(batch, image_sizes, strict=True):
         image[:, h:].zero_()
         image[:, :, w:].zero_()

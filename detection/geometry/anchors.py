@@ -27,12 +27,18 @@ class Anchors:
         return [height * width for height, width in self.sizes]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what a test between two epochs makes first must serve training too
 def make_anchors(sizes: tuple[tuple[int, int], ...], device: torch.device | None = None) -> Anchors:
     """The Anchors of levels of `sizes` ((H_l, W_l), ...) locations: at row i and column j of a level with stride s a
     square of side ANCHOR_SCALE * s around (j * s, i * s). There is no offset of half a stride (ATSS, CVPR 2020, as GFL
     uses it). Images of the same size get the same Anchors."""
+    if torch.compiler.is_compiling():  # sizes of an exported program are symbols, no keys of a cache
+        return _make_anchors.__wrapped__(sizes, device)
+    return _make_anchors(sizes, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what a test between two epochs makes first must serve training too
+def _make_anchors(sizes: tuple[tuple[int, int], ...], device: torch.device | None) -> Anchors:
     centres, sides, levels = [], [], []
     for level, ((height, width), stride) in enumerate(zip(sizes, STRIDES, strict=True)):
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
