@@ -75,7 +75,7 @@ def read_images(files: Sequence[Path], preprocessing: dict[str, Any]) -> list[to
     images = []
     for file in files:
         try:
-            images.append(resize_for_test(decode_rgb(file), preprocessing)[0])
+            images.append(resize_for_test(decode_rgb(file, preprocessing.get("value_range")), preprocessing)[0])
         except Exception as error:  # a damaged file can make a decoder raise anything
             raise UserError(f"{file}: {unreadable(error)}; give readable images to check the file on") from None
     return images

@@ -41,12 +41,12 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 def draw_boxes(image: Image.Image | torch.Tensor, boxes: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray,
                scores: torch.Tensor | np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """A copy of an image with the boxes in their classes' colours, the highest-scoring on top, each with its class and
-    score; in a crowd with the score alone, or with neither, rather than across another's.
+    """An image with the boxes in their classes' colours, the highest-scoring on top, each with its class and score; in
+    a crowd with the score alone, or with neither, rather than across another's.
 
-    image: PIL image, or (3, H, W) uint8 tensor. boxes: (M, 4) xyxy, or oriented (M, 5), in its pixels; what leaves the
-    image is cut off.
-    labels, scores: (M,). classes: the names. Returns a PIL image, RGB, of the same size."""
+    image: PIL image, which is drawn on if it is RGB, for a large one may not fit into memory twice; or (3, H, W) uint8
+    tensor. boxes: (M, 4) xyxy, or oriented (M, 5), in its pixels; what leaves the image is cut off. labels, scores:
+    (M,). classes: the names. Returns a PIL image, RGB, of the same size."""
     picture = _rgb(image)
     _draw_outlines(picture, boxes, labels, scores)
     _write_labels(picture, boxes, labels, scores, classes)
@@ -76,9 +76,9 @@ def _write_labels(picture: Image.Image, boxes: torch.Tensor | np.ndarray, labels
 
 
 def _rgb(image: Image.Image | torch.Tensor) -> Image.Image:
-    """A PIL image in RGB, which may be drawn on, of a PIL image or a (3, H, W) uint8 tensor."""
+    """A PIL image in RGB, of a PIL image, itself if it is one, or of a (3, H, W) uint8 tensor."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB").copy()
+        return image if image.mode == "RGB" else image.convert("RGB")
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 

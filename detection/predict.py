@@ -2,10 +2,13 @@
 
     python -m detection.predict --weights runs/mine/ld/final.pt photo.png folder_of_images/
     python -m detection.predict --weights FILE list.txt --output found/ --json found.json --least-score 0.5
+    python -m detection.predict --weights FILE large_images/ --tile 1024 --overlap 200
+    python -m detection.predict --weights runs/mine/ld/final.onnx my_images/
 
-Images may have any size; they are resized as in the detector's tests. A list is a text file (.txt) with one path a
-line, seen from its own folder. Boxes are in pixels of the image as its file stores it: an EXIF orientation is not
-applied.
+Images may have any size; they are resized as in the detector's tests. In large ones objects would vanish: with --tile
+they are cut into tiles, each resized so, and what several tiles have found is thinned out as in one. A file that
+detection.export has made runs on the CPU in fp32. A list is a text file (.txt) with one path a line, seen from its own
+folder. Boxes are in pixels of the image as its file stores it: an EXIF orientation is not applied.
 
 Lines and pictures show the objects with a score of at least --least-score, the JSON all that the detector finds. A
 picture keeps the name of its image; images of several folders keep their folders below the one that holds them all.
@@ -16,44 +19,92 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvF
 
 from common.files import atomic_path, check_output_file, file_identity, write_json
-from common.images import find_images, low_and_high, range_to_predict_with, unreadable
+from common.images import decode, find_images, low_and_high, range_to_predict_with, unreadable
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
 from common.text import counted
 from detection.checkpoint import load_detector
-from detection.data.transforms import decode_rgb, pad_to_batch, resize_for_test
+from detection.data.tiles import is_left_to_others, windows
+from detection.data.transforms import pad_to_batch, resize_for_test
+from detection.exported import ExportedDetector
 from detection.geometry.suppression import SUPPRESSIONS
-from detection.inference import LEAST_SCORE, MOST, detect, inference_network
-from detection.network.detector import Detector
+from detection.inference import LEAST_SCORE, MOST, OVERLAP, detect, detections, inference_network
 from detection.pictures import draw_boxes
 
+Finder = Callable[[torch.Tensor, tuple[float, float]], dict[str, torch.Tensor]]
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of pictures, by suffix
 
 
-def predict(network: Detector, files: Iterable[Path], preprocessing: dict[str, Any], device: torch.device,
-            precision: str, suppression: str) -> Iterator[tuple[Path, Any, Any, str | None]]:
+def open_detector(weights: str | Path, device: str, precision: str, suppression: str) -> tuple[Finder, dict[str, Any]]:
+    """(a function from an image as the detector sees it, (3, h, w) uint8, and its scale (x, y) to the original, to its
+    detections as `detect` gives them; the description) of a checkpoint, or of a file that detection.export wrote.
+
+    One image at a time: the padding of a batch would be part of its group norms."""
+    if Path(weights).suffix.lower() == ".onnx":
+        if device not in ("auto", "cpu") or precision not in ("auto", "fp32"):
+            raise UserError(f"{weights}: an exported file runs on the CPU in fp32 here; for --device {device} "
+                            f"--precision {precision} give the checkpoint")
+        exported = ExportedDetector(weights)
+
+        def find_exported(image: torch.Tensor, scale: tuple[float, float]) -> dict[str, torch.Tensor]:
+            outputs, anchors = exported(image[None])
+            return detections(outputs, anchors, [image.shape[1:]], [scale], suppression)[0]
+
+        return find_exported, exported.description
+    on = resolve_device(device)
+    computed_in = resolve_precision(precision, on)
+    network, description = load_detector(weights)
+    network = inference_network(network, on)
+
+    def find(image: torch.Tensor, scale: tuple[float, float]) -> dict[str, torch.Tensor]:
+        images, sizes = pad_to_batch([image])
+        return detect(network, images, sizes, [scale], on, computed_in, suppression)[0]
+
+    return find, description
+
+
+def predict(find: Finder, files: Iterable[Path], preprocessing: dict[str, Any], suppression: str, tile: int,
+            overlap: int) -> Iterator[tuple[Path, Any, Any, str | None]]:
     """Yield (file, image, detections, None) for each file in order, or (file, None, None, the reason) for one that
     cannot be read.
 
-    network: as `inference.inference_network` gives it. image: (3, height, width) uint8. detections: as `detect` gives
-    them, of one image at a time, for the padding of a batch would be part of its group norms."""
+    find: of `open_detector`. image: PIL image, RGB. tile, overlap: in pixels; a tile of 0 is the whole image."""
     for file in files:
         try:
-            image = decode_rgb(file, preprocessing.get("value_range"))
+            image = decode(file, preprocessing.get("value_range"))
         except Exception as error:  # a damaged file can make a decoder raise anything
             yield file, None, None, unreadable(error) if os.path.isfile(file) else "no such image"
             continue
-        small, scale = resize_for_test(image, preprocessing)
-        images, sizes = pad_to_batch([small])
-        yield file, image, detect(network, images, sizes, [scale], device, precision, suppression)[0], None
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        tiles = windows(image.height, image.width, tile, overlap) if tile else [(0, 0, *image.size)]
+        yield file, image, find_in_tiles(find, image, preprocessing, suppression, tiles), None
+        del image  # before the next is decoded
+
+
+def find_in_tiles(find: Finder, image: Image.Image, preprocessing: dict[str, Any], suppression: str,
+                  tiles: Sequence[tuple[int, int, int, int]]) -> dict[str, torch.Tensor]:
+    """The detections of an image by its `tiles`, at most MOST for each of them, as `detect` gives them."""
+    parts = []
+    for number, window in enumerate(tiles):
+        found = find(*resize_for_test(tvF.to_image(image.crop(window)), preprocessing))
+        found["boxes"] = found["boxes"] + torch.tensor(window[:2] * 2)
+        others = is_left_to_others(found["boxes"], number, tiles)
+        parts.append({name: values[~others] for name, values in found.items()})
+    if len(parts) == 1:
+        return parts[0]
+    found = {name: torch.cat([part[name] for part in parts]) for name in ("boxes", "scores", "labels")}
+    thinned = SUPPRESSIONS[suppression](**found, threshold=OVERLAP, limit=MOST * len(tiles))
+    return dict(zip(found, thinned, strict=True))
 
 
 def picture_paths(files: Sequence[Path], folder: str | Path) -> dict[Path, Path]:
@@ -100,12 +151,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("images", nargs="+", help="image files, folders that are searched for them, or lists (.txt)")
-    add("--weights", required=True, help="checkpoint of a detector")
+    add("--weights", required=True, help="checkpoint of a detector, or an .onnx file that detection.export made of it")
     add("--output", metavar="FOLDER", default="runs/detections", help="where to write the pictures (default: "
         "runs/detections)")
     add("--json", metavar="FILE", help=f"also write every detection with a score above {LEAST_SCORE}, at most {MOST} "
-        "an image: class, score and box (x1, y1, x2, y2, in pixels)")
+        "an image or tile: class, score and box (x1, y1, x2, y2, in pixels)")
     add("--least-score", type=float, default=0.3, help="of what is counted and drawn, 0 to 1 (default: 0.3)")
+    add("--tile", type=int, default=0, metavar="PIXELS", help="cut images into tiles of this side")
+    add("--overlap", type=int, default=200, metavar="PIXELS", help="that neighbouring tiles share, more than most "
+        "objects measure (default: 200)")
     add("--suppression", default="nms", choices=tuple(SUPPRESSIONS), help="how overlapping boxes are thinned out")
     add("--value-range", type=low_and_high, metavar="LOW,HIGH", help="of images of more than 8 bits, the values that "
         "become black and white (default: as in training)")
@@ -114,6 +168,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.least_score <= 1:
         raise UserError(f"--least-score {args.least_score:g}: expected 0 to 1")
+    if args.tile and not 32 <= args.tile <= 1e5:
+        raise UserError(f"--tile {args.tile}: expected 32 to 100000 pixels")
+    if args.tile and not 0 <= args.overlap < args.tile:
+        raise UserError(f"--overlap {args.overlap}: expected 0 to {args.tile - 1}, less than --tile")
     return args
 
 
@@ -122,23 +180,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.json:
         check_output_file(args.json)
-    device = resolve_device(args.device)
-    precision = resolve_precision(args.precision, device)
-    network, description = load_detector(args.weights)
-    network, classes = inference_network(network, device), description["classes"]
+    find, description = open_detector(args.weights, args.device, args.precision, args.suppression)
+    classes = description["classes"]
     files, rows = find_images(args.images), []
     pictures, preprocessing = picture_paths(files, args.output), dict(description["preprocessing"])
     preprocessing["value_range"] = range_to_predict_with(files, args.value_range, preprocessing.get("value_range"))
-    for file, image, detections, reason in predict(network, files, preprocessing, device, precision, args.suppression):
+    for file, image, found, reason in predict(find, files, preprocessing, args.suppression, args.tile, args.overlap):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})
             continue
-        confident = {name: values[detections["scores"] >= args.least_score] for name, values in detections.items()}
+        confident = {name: values[found["scores"] >= args.least_score] for name, values in found.items()}
         print(f"{file}: {summary(confident['labels'].tolist(), classes)}", flush=True)
         save_picture(draw_boxes(image, **confident, classes=classes), pictures[file])
-        rows.append({"path": str(file), "width": image.shape[2], "height": image.shape[1],
-                     "detections": as_rows(detections, classes)})
+        rows.append({"path": str(file), "width": image.width, "height": image.height,
+                     "detections": as_rows(found, classes)})
+        del image  # two large ones may not fit into memory
     if args.json:
         write_json(args.json, rows)
     failed = sum("error" in row for row in rows)

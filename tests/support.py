@@ -16,9 +16,12 @@ from PIL import Image
 
 import baseline_cl_s_weight
 import recognition.engine
+from common.files import save_checkpoint
 from common.runtime import run_script
 from dataset import DatasetInfo, write_dataset
 from detection import engine
+from detection.checkpoint import describe_model, describe_preprocessing
+from detection.network.detector import Detector
 from recognition.engine import run_stage
 from recognition.run import start_run
 from recognition.settings import parse_settings
@@ -149,6 +152,32 @@ def run_detector(module, *arguments):
     with pytest.raises(SystemExit) as exit_:
         engine.run_stage(module.METHOD, module.SETTINGS, "", [str(argument) for argument in arguments])
     return exit_.value.code or 0
+
+
+def save_eager_detector(path, classes, architecture, sides):
+    """Save a checkpoint with all that last.pt holds, of a GFL detector of three classes that finds something in any
+    image. sides: short and long, of the images. Returns its path."""
+    torch.manual_seed(0)
+    network = Detector(len(classes), architecture)
+    with torch.no_grad():
+        network.head.classify.weight.normal_(std=0.03)
+        network.head.classify.bias.copy_(torch.tensor([-1.5, -2.0, -6.0]))
+        network.head.regress.weight.normal_(std=0.05)
+        network.head.regress.bias.copy_(-torch.arange(17).repeat(4) / 2)  # boxes of a few strides
+    save_checkpoint(path, {
+        "model": network.state_dict(), "optimizer": {"param_groups": [{"lr": 0.01}]}, "description": {
+            "stage": "gfl", "classes": classes, "model": describe_model(architecture),
+            "preprocessing": describe_preprocessing(*sides), "epoch": 3,
+            "settings": {"lr": 0.01, "init": "/home/someone/resnet.pt", "init_detector": "/home/someone/final.pt"}}})
+    return path
+
+
+def draw_blocks(path, width=80, height=100, seed=0):
+    """Write an image of coloured blocks. Returns its path."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 10 + 1, width // 10 + 1, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(blocks.repeat(10, 0).repeat(10, 1)[:height, :width]).save(path)
+    return path
 
 
 class Waited(BaseException):

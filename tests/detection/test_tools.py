@@ -11,13 +11,13 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvF
 
 from benchmarks import bench_detection_inference as bench
-from common.files import save_checkpoint
 from detection import predict, publish
-from detection.checkpoint import describe_model, describe_preprocessing, load_detector
+from detection.checkpoint import describe_preprocessing, load_detector
 from detection.inference import detect, inference_network
-from detection.network.detector import Architecture, Detector
+from detection.network.detector import Architecture
 from detection.pictures import class_colour
-from tests.support import error_line
+from tests.support import draw_blocks as draw
+from tests.support import error_line, save_eager_detector
 from tests.support import run_tool as run
 
 CLASSES = ["ship", "storage tank", "harbor"]
@@ -27,29 +27,8 @@ SHORT, LONG = 64, 96
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A checkpoint with all that last.pt holds, of a detector that finds something in any image."""
-    torch.manual_seed(0)
-    network = Detector(len(CLASSES), Architecture(18, 64, 1))
-    with torch.no_grad():
-        network.head.classify.weight.normal_(std=0.03)
-        network.head.classify.bias.copy_(torch.tensor([-1.5, -2.0, -6.0]))
-        network.head.regress.weight.normal_(std=0.05)
-        network.head.regress.bias.copy_(-torch.arange(17).repeat(4) / 2)  # boxes of a few strides
-    path = tmp_path_factory.mktemp("weights") / "final.pt"
-    save_checkpoint(path, {
-        "model": network.state_dict(), "optimizer": {"param_groups": [{"lr": 0.01}]}, "description": {
-            "stage": "gfl", "classes": CLASSES, "model": describe_model(network.architecture),
-            "preprocessing": describe_preprocessing(SHORT, LONG), "epoch": 3,
-            "settings": {"lr": 0.01, "init": "/home/someone/resnet.pt"}}})
-    return path
-
-
-def draw(path, width=80, height=100, seed=0):
-    """Write an image of coloured blocks."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (height // 10 + 1, width // 10 + 1, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(blocks.repeat(10, 0).repeat(10, 1)[:height, :width]).save(path)
-    return path
+    return save_eager_detector(tmp_path_factory.mktemp("weights") / "final.pt", CLASSES, Architecture(18, 64, 1),
+                               (SHORT, LONG))
 
 
 def pixels(path):
@@ -121,6 +100,22 @@ def test_the_picture_has_the_boxes_and_the_line_the_numbers(weights, tmp_path, c
     counts = {name: sum(found["class"] == name for found in sure) for name in CLASSES}
     parts = [f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count]
     assert said[0] == f"{path}: {len(sure)} object{'s' * (len(sure) > 1)}: {', '.join(parts)}"
+
+
+def test_large_images_are_predicted_in_tiles(weights, tmp_path, capsys):
+    path = draw(tmp_path / "a.png", 200, 150)
+    files, found = ("--output", tmp_path / "out", "--json", tmp_path / "a.json"), []
+    for flags in ((), ("--tile", 201), ("--tile", 80, "--overlap", 30)):
+        assert run(predict, "--weights", weights, path, *files, *CPU, *flags) == 0
+        found.append(json.loads((tmp_path / "a.json").read_text())[0]["detections"])
+    assert found[0] == found[1] and len(found[2]) > len(found[0])
+    boxes = np.array([given["box"] for given in found[2]])
+    assert boxes.min() >= 0 and 180 < boxes[:, 2].max() <= 200 and 130 < boxes[:, 3].max() <= 150
+    capsys.readouterr()
+    for flags, words in ((("--tile", "31"), "--tile 31: expected 32 to 100000 pixels"),
+                         (("--tile", "100", "--overlap", "100"), "--overlap 100: expected 0 to 99, less than --tile")):
+        assert run(predict, "--weights", weights, path, *flags) == 2
+        assert words in error_line(capsys)
 
 
 def test_what_is_too_unsure_is_neither_drawn_nor_counted(weights, tmp_path, capsys):
