@@ -111,7 +111,7 @@ class Settings:
 
     @property
     def starts_frozen(self) -> bool:
-        """Whether the ResNet is fine-tuned the published way: there is something to keep."""
+        """Whether the backbone is fine-tuned the published way: there is something to keep."""
         return self.frozen and (self.init != "none" or self.init_detector != "")
 
     def ranges(self) -> tuple[tuple[str, float, float], ...]:

@@ -82,14 +82,18 @@ def rotate(image: torch.Tensor, boxes: torch.Tensor, angle: float) -> tuple[torc
 
 
 def turn(image: torch.Tensor, boxes: torch.Tensor, quarters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn counter-clockwise by 0 to 3 quarters, by each of which (x, y) becomes (y, W - x). image: (3, H, W). boxes:
-    (G, 4), x1 y1 x2 y2 in pixels."""
-    turned = image
+    """Turn an image (3, H, W) and its boxes (G, 4) or (G, 5) counter-clockwise by 0 to 3 quarters, by each of which
+    (x, y) becomes (y, W - x), and an oriented box exchanges width and height."""
     for _ in range(quarters):
-        x1, y1, x2, y2 = boxes.unbind(1)
-        width = turned.shape[2]
-        boxes, turned = torch.stack([y1, width - x2, y2, width - x1], dim=1), turned.rot90(dims=(1, 2))
-    return turned, boxes
+        width = image.shape[2]
+        if boxes.shape[-1] == 5:
+            x, y, w, h, theta = boxes.unbind(1)
+            boxes = torch.stack([y, width - x, h, w, theta], dim=1)
+        else:
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([y1, width - x2, y2, width - x1], dim=1)
+        image = image.rot90(dims=(1, 2))
+    return image, boxes
 
 
 def pad_to_batch(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[tuple[int, int]]]:

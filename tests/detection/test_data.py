@@ -1,6 +1,7 @@
 """Images and boxes on their way into the network: decoding, resize, flip and padding against slow references; the
 sampler; and batches that no number of loading processes changes."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from detection.data import batches
 from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, Draw, collate, loader
 from detection.data.records import Annotations, Record
 from detection.data.transforms import MEAN, STD, decode_rgb, flip, normalise, pad_to_batch, resize, target_size, turn
+from detection.geometry.oriented import corners
 
 
 def noise(*shape, seed=0):
@@ -170,6 +172,17 @@ def test_a_turn_moves_pixels_and_boxes_alike(quarters):
     back, again = turn(turned, found, -quarters % 4)
     assert torch.equal(back, image) and torch.equal(again, boxes)
     assert turn(image, torch.zeros(0, 4), quarters)[1].shape == (0, 4)
+
+
+def test_oriented_boxes_are_turned_with_their_corners():
+    boxes = torch.tensor([[3.0, 2, 4, 2, 0.3], [7, 3, 1, 5, 1.2], [5, 3, 2, 1, math.pi / 2]])
+    points = corners(boxes)  # (3, 4, 2)
+    for quarters in range(1, 4):
+        width = 10 if quarters % 2 else 6
+        points = torch.stack([points[..., 1], width - points[..., 0]], dim=-1)
+        found = corners(turn(noise(3, 6, 10), boxes, quarters)[1])
+        apart = (found[:, :, None] - points[:, None]).norm(dim=-1)  # (3, 4, 4)
+        assert (apart.amin(dim=2) < 1e-5).all() and (apart.amin(dim=1) < 1e-5).all()
 
 
 def test_batches_are_padded_to_multiples_of_32():

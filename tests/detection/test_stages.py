@@ -107,11 +107,11 @@ def test_pictures_that_fail_are_notes_and_leave_the_numbers(runs, scenes, tmp_pa
         monkeypatch.setattr(pictures, name, fail)
     assert run_tool(test, "--weights", runs / "teacher" / "final.pt", "--test", scenes / "test.json", "--output",
                     tmp_path, "--device", "cpu", "--workers", "0") == 0
-    assert os.listdir(tmp_path) == ["results.json"]
+    assert sorted(os.listdir(tmp_path)) == ["detections.json", "results.json"]
     output = capsys.readouterr().out
     for name in ("precision_recall.png", "detections.png"):
         assert f"note: {tmp_path / name} was not drawn (no such symbol)\n" in output
-    assert output.endswith(f"written: {tmp_path / 'results.json'}\n")
+    assert output.endswith(f"written: {tmp_path / 'results.json'}, detections.json\n")
 
 
 def test_the_log_has_every_loss_term_and_their_sum(runs):
