@@ -1,0 +1,44 @@
+"""Assignment by the largest IoU with fixed thresholds (Ren et al., Faster R-CNN, NeurIPS 2015)."""
+
+import torch
+
+from detection.geometry.boxes import iou, pairs
+
+BACKGROUND, IGNORED = -1, -2  # what an anchor is matched to that is assigned to no object
+PAIRS = 2**22  # overlaps held at once: 17 MB in fp32, and there are about ten such matrices
+
+
+def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor, valid: torch.Tensor,
+            positive: float, negative: float, low_quality: bool = True) -> torch.Tensor:
+    """Match the anchors of a batch to its objects, all images at once.
+
+    anchor_boxes: (A, 4), any number of anchors a location. boxes: (T, 4). image_of: (T,) int64 their images. valid:
+    (N, A) bool. positive, negative: thresholds of the IoU. Returns (N, A) int64: the object that an anchor is assigned
+    to, BACKGROUND, or IGNORED.
+
+    An anchor takes the object of its image with which its IoU is largest, of equal ones the first, if that IoU is at
+    least `positive`; it is background where it is below `negative`, and ignored between the two. With `low_quality`
+    each object also gets all the anchors whose IoU with it no other anchor exceeds, however small (but above 0); one
+    that is the best for several takes the last of them."""
+    best = anchor_boxes.new_zeros(valid.shape)
+    nobody = torch.full(valid.shape, BACKGROUND, device=boxes.device)
+    matched, forced = nobody.clone(), nobody.clone()
+    objects = torch.arange(len(boxes), device=boxes.device)
+    rows = max(1, PAIRS // max(1, len(anchor_boxes)))
+    for some, images, numbers in zip(*(part.split(rows) for part in (boxes, image_of, objects)), strict=True):
+        if len(some) == 0:  # a batch without objects is one empty part
+            break
+        columns = images[:, None].expand(-1, len(anchor_boxes))  # (G, A) the image of each pair
+        numbers = numbers[:, None].expand_as(columns)
+        overlaps = iou(*pairs(some, anchor_boxes)) * valid[images]  # (G, A)
+        before, best = best, best.scatter_reduce(0, columns, overlaps, "amax")
+        is_best = (overlaps == best[images]) & (overlaps > before[images])
+        first = torch.full_like(matched, len(boxes)).scatter_reduce_(
+            0, columns, numbers.masked_fill(~is_best, len(boxes)), "amin")
+        matched = torch.where(first < len(boxes), first, matched)
+        if low_quality:
+            largest = overlaps.amax(dim=1, keepdim=True)
+            attained = (overlaps == largest) & (largest > 0)
+            forced.scatter_reduce_(0, columns, numbers.masked_fill(~attained, BACKGROUND), "amax")
+    matched = torch.where(best >= positive, matched, torch.where(best < negative, BACKGROUND, IGNORED))
+    return torch.where(forced > BACKGROUND, forced, matched).masked_fill(~valid, BACKGROUND)
