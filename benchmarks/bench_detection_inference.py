@@ -103,7 +103,7 @@ def parse(argv):
     flags.add_argument("--height", type=int, default=800, help="of the noise, in pixels")
     flags.add_argument("--width", type=int, default=1344)
     flags.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    flags.add_argument("--suppression", default="nms", choices=tuple(SUPPRESSIONS))
+    flags.add_argument("--suppression", default="auto", choices=("auto", *SUPPRESSIONS))
     flags.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("auto", "fp32", "bf16"))
     args = flags.parse_args(argv)
     if min(args.height, args.width, args.repeats, *args.batch_sizes) < 1:
@@ -116,6 +116,7 @@ def main(argv=None):
     device = set_up(args)
     args.precision = [resolve_precision(precision, device) for precision in args.precision]
     network, description = load_detector(args.weights)
+    args.suppression = network.suppression(args.suppression)
     images = read_images(args.images, description["preprocessing"]) if args.images else []
     if images and len(images) < max(args.batch_sizes):
         raise UserError(f"{len(images)} images (of at most {MOST_IMAGES}); expected at least {max(args.batch_sizes)}, "

@@ -14,11 +14,13 @@ from detection.data.transforms import MEAN, STD
 from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
 from detection.network.backbone import is_backbone
 from detection.network.detector import HEADS, Architecture, Detector
+from detection.network.paa_head import AUXILIARIES, COP_PADDINGS
 
 # The entries of a checkpoint's metadata and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
 SIZES = ("backbone", "depth", "channels", "tower_convs")  # of backbone, pyramid and towers
 RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
+CHOICES = {"head": tuple(HEADS), "auxiliary": AUXILIARIES, "cop_padding": tuple(COP_PADDINGS)}
 
 
 def describe_model(architecture: Architecture) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def describe_preprocessing(short: int, long: int, value_range: ValueRange | None
 
 
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
-    """The Detector of a checkpoint of this project, in eval mode on the CPU, and the checkpoint's description.
+    """The Detector of a checkpoint of this project, in eval mode on the CPU, and the checkpoint's description, with
+    every field of the Architecture.
 
     Raises UserError for a file that is none, or whose weights are not those that its metadata describes."""
     content = load_checkpoint(path)
@@ -43,6 +46,7 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
         raise UserError(f"{path}: not a detector of this project; expected final.pt or last.pt of a detection run (for "
                         "weights of mmdet see python -m detection.convert)")
     empty = empty_detector(path, description)
+    description = {**description, "model": {**description["model"], **dataclasses.asdict(empty.architecture)}}
     state = content.get("model")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
@@ -107,7 +111,7 @@ def is_description(value: Any) -> bool:
     return (in_range and small and model["channels"] % 32 == 0
             and is_backbone(model.get("depth"), model.get("backbone", "resnet"), model.get("dcn", "none"))
             and type(model.get("quality")) is bool
-            and model.get("head", "gfl") in tuple(HEADS)
+            and all(model.get(name, choices[0]) in choices for name, choices in CHOICES.items())
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
             and is_value_range(preprocessing.get("value_range"))
             and 0 < len(value["classes"]) <= 10000)

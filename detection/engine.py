@@ -265,7 +265,8 @@ def start_step(run: Run, batch: Batch) -> Step:
     images, boxes, labels = to_device((batch.images, torch.cat(batch.boxes), torch.cat(batch.labels)), device)
     truth = ground_truth(boxes, labels, [len(own) for own in batch.boxes], batch.sizes, run.network.num_classes)
     anchors = run.network.anchors(pyramid_sizes(*images.shape[2:]), device)
-    step = Step(normalise(images, batch.sizes).contiguous(memory_format=torch.channels_last), truth, anchors)
+    images = normalise(images, batch.sizes).contiguous(memory_format=torch.channels_last)
+    step = Step(images, truth, anchors, run.settings)
     if not run.method.assigns_by_outputs:
         step.targets = run.method.assign(step)
     return step

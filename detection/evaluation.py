@@ -1,5 +1,6 @@
 """The test of a detector: detections of the test images, their average precision, the cost of an image, pictures."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +115,7 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
     on the others."""
     folder = Path(settings.output)
     network, description = load_detector(weights)
+    settings = dataclasses.replace(settings, suppression=network.suppression(settings.suppression))
     annotations = read_test_annotations(settings, description["classes"])
     precision = precision_of_test(settings.precision, device)
     say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
@@ -172,7 +174,8 @@ def test_only(settings: Settings, device: torch.device) -> None:
     check_test_output(settings, weights)
     earlier = folder / "results.json"
     if earlier.exists():
-        tested = read_json(earlier)
+        tested, network = read_json(earlier), load_detector(weights)[0]
+        settings = dataclasses.replace(settings, suppression=network.suppression(settings.suppression))
         identity = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
         if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in identity.items()):
             raise UserError(f"{earlier}: is of other weights than {weights}, or of other images, metric or "

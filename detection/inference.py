@@ -1,6 +1,7 @@
 """From a trained detector to the boxes of an image."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,6 @@ from detection.data.transforms import normalise
 from detection.geometry.anchors import Anchors
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.network.detector import Detector
-from detection.network.gfl_head import Outputs
 
 CANDIDATES = 1000  # of each level, by their highest class score
 LEAST_SCORE = 0.05
@@ -26,20 +26,20 @@ def inference_network(network: Detector, device: torch.device) -> Detector:
 @torch.inference_mode()
 def detect(network: Detector, images: torch.Tensor, sizes: Sequence[tuple[int, int]],
            scales: Sequence[tuple[float, float]], device: torch.device, precision: str,
-           suppression: str = "nms") -> list[dict[str, torch.Tensor]]:
+           suppression: str = "auto") -> list[dict[str, torch.Tensor]]:
     """The detections of a batch, [{"boxes": (M, 4) xyxy in pixels of the original image, "scores": (M,) descending,
     "labels": (M,)}], on the CPU.
 
     images: (N, 3, H, W) uint8. sizes: [(h, w)] of the images without padding. scales: [(x, y)] of the images to the
-    original ones. suppression: a name of SUPPRESSIONS."""
+    original ones. suppression: a name of SUPPRESSIONS, or auto for the one of the network's head."""
     batch = normalise(images.to(device), sizes).contiguous(memory_format=torch.channels_last)
     with autocast(device, precision):
         outputs = network(batch)
     anchors = network.anchors(outputs.sizes, device)
-    return detections(outputs, anchors, sizes, scales, suppression)
+    return detections(outputs, anchors, sizes, scales, network.suppression(suppression))
 
 
-def detections(outputs: Outputs, anchors: Anchors, sizes: Sequence[tuple[int, int]],
+def detections(outputs: Any, anchors: Anchors, sizes: Sequence[tuple[int, int]],
                scales: Sequence[tuple[float, float]], suppression: str = "nms") -> list[dict[str, torch.Tensor]]:
     """What `detect` returns, of the Outputs of a batch and their Anchors."""
     boxes = outputs.boxes(anchors)  # (N, A, 4)

@@ -160,7 +160,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tile", type=int, default=0, metavar="PIXELS", help="cut images into tiles of this side")
     add("--overlap", type=int, default=200, metavar="PIXELS", help="that neighbouring tiles share, more than most "
         "objects measure (default: 200)")
-    add("--suppression", default="nms", choices=tuple(SUPPRESSIONS), help="how overlapping boxes are thinned out")
+    add("--suppression", default="auto", choices=("auto", *SUPPRESSIONS), help="how overlapping boxes are thinned out "
+        "(default: as in the detector's tests)")
     add("--value-range", type=low_and_high, metavar="LOW,HIGH", help="of images of more than 8 bits, the values that "
         "become black and white (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

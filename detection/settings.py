@@ -88,7 +88,8 @@ class Settings:
     value_range: tuple = setting(None, "of images of more than 8 bits, the pixel values LOW,HIGH that become black and "
                                        "white (default: the lowest and the highest of the training images)",
                                  type=low_and_high)
-    suppression: str = setting("nms", "how a test thins out overlapping boxes", choices=tuple(SUPPRESSIONS))
+    suppression: str = setting("auto", "how a test thins out overlapping boxes; auto: as published for the detector, "
+                                       "PAA with nms-voting, others with nms", choices=("auto", *SUPPRESSIONS))
     metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); of VOC since 2010 (area under the curve); "
                                   "or of DOTA, of oriented boxes (11 points)",
                           choices=METRICS)

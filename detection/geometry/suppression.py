@@ -1,4 +1,4 @@
-"""Non-maximum suppression: which of the many overlapping detections of an image remain. Three ways with one signature:
+"""Non-maximum suppression: which of the many overlapping detections of an image remain. Ways with one signature:
 
     suppress(boxes, scores, labels, threshold=0.6, limit=100) -> boxes, scores, labels
 
@@ -20,8 +20,9 @@ from detection.geometry.boxes import centre_distance, iou, pairs
 # Boxes compared at once: bounds the memory, and with a limit of 100 most blocks of this size are never looked at.
 BLOCK = 256
 
-# Of score voting: how similar a box must be to have a vote, and how fast its weight falls with 1 - similarity, squared.
-VOTING_THRESHOLD = 0.7
+# Of score voting: how similar a box must be to have a vote, in LD and in PAA, and how fast its weight falls with
+# 1 - similarity, squared.
+VOTING_THRESHOLD, VOTING_THRESHOLD_PAA = 0.7, 0.01
 VOTING_WIDTH = 0.025
 
 
@@ -64,10 +65,22 @@ def score_voting_cluster_diou_nms(boxes: torch.Tensor, scores: torch.Tensor, lab
     less than 2e-10 pixels: nothing in fp32."""
     boxes, scores, labels = by_score(boxes, scores, labels)
     kept = greedy(distance_penalised_iou, boxes, labels, threshold, limit)
-    return _vote(distance_penalised_iou, boxes, scores, labels, kept), scores[kept], labels[kept]
+    voted = _vote(distance_penalised_iou, boxes, scores, labels, kept, VOTING_THRESHOLD, below_only=True)
+    return voted, scores[kept], labels[kept]
 
 
-SUPPRESSIONS = {"nms": nms, "cluster": cluster_nms, "cluster-diou-voting": score_voting_cluster_diou_nms}
+def score_voting_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float = 0.6,
+                     limit: int = 100) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cluster-NMS by IoU, the boxes of `nms`, then score voting as PAA is tested (Kim and Lee, ECCV 2020): each
+    remaining box i becomes the mean of all boxes j of its class with IoU_ij > 0.01, of higher scores too, weighted by
+    exp(-(1 - IoU_ij)^2 / 0.025) * score_j. Scores do not change. Arguments and results: see the module."""
+    boxes, scores, labels = by_score(boxes, scores, labels)
+    kept = greedy(iou, boxes, labels, threshold, limit)
+    return _vote(iou, boxes, scores, labels, kept, VOTING_THRESHOLD_PAA), scores[kept], labels[kept]
+
+
+SUPPRESSIONS = {"nms": nms, "cluster": cluster_nms, "cluster-diou-voting": score_voting_cluster_diou_nms,
+                "nms-voting": score_voting_nms}
 
 
 def distance_penalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -122,14 +135,17 @@ def _fixed_point(above: torch.Tensor) -> torch.Tensor:
 
 
 def _vote(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor, scores: torch.Tensor,
-          labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The boxes (K, 4) numbered `kept` (K,), moved by those similar; boxes are in descending order of the scores."""
+          labels: torch.Tensor, kept: torch.Tensor, threshold: float, below_only: bool = False) -> torch.Tensor:
+    """The boxes (K, 4) numbered `kept` (K,), moved by those more similar than `threshold`; boxes are in descending
+    order of the scores. below_only: those before a box have no vote."""
     columns = torch.arange(len(boxes), device=boxes.device)
     voted = []
     for rows in kept.split(BLOCK):
         similarity = _similarity(measure, boxes, labels, rows, columns)  # (R, M)
         similarity[columns[:len(rows)], rows] = 1  # with itself, also where a box has no area
-        votes = (similarity > VOTING_THRESHOLD) & (columns >= rows[:, None])
+        votes = similarity > threshold
+        if below_only:
+            votes &= columns >= rows[:, None]
         weights = torch.exp(-((1 - similarity) ** 2) / VOTING_WIDTH) * scores * votes
         # In double precision: where fp32 products are allowed to be TF32, a side would move by half a pixel in 1000.
         weights = weights.double()

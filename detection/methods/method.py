@@ -16,12 +16,13 @@ class Step:
     """A batch on its way through a training step. The engine fills in one field after the other, in this order but for
     `targets`, which come first where the anchors alone decide them.
 
-    images: (N, 3, H, W), normalised. teacher: the outputs of the frozen teacher, None without one. outputs: those that
-    `Method.forward` returns. targets: those that `Method.assign` returns."""
+    images: (N, 3, H, W), normalised. settings: those of the run. teacher: the outputs of the frozen teacher, None
+    without one. outputs: those that `Method.forward` returns. targets: those that `Method.assign` returns."""
 
     images: torch.Tensor
     truth: GroundTruth
     anchors: Anchors
+    settings: Any = None
     teacher: Any = None
     outputs: Any = None
     targets: Any = None

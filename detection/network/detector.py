@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from detection.geometry.anchors import Anchors, make_anchors
+from detection.network import gfl_head as gfl
+from detection.network import paa_head as paa
 from detection.network.backbone import Backbone
-from detection.network.gfl_head import GFLHead, Outputs
 from detection.network.pyramid import FeaturePyramid
 
 
@@ -18,20 +19,29 @@ class Architecture:
     depth: int = 50  # of the backbone
     channels: int = 256  # of pyramid and towers
     tower_convs: int = 4  # convolutions of each tower
-    reg_max: int = 16  # R: the largest distance to a side, in strides
-    quality: bool = False  # GFocal V2's quality branch
+    reg_max: int = 16  # R: the largest distance to a side, in strides; of the head gfl
+    quality: bool = False  # GFocal V2's quality branch; of the head gfl
     head: str = "gfl"  # of HEADS
     backbone: str = "resnet"  # of FAMILIES
     dcn: str = "none"  # of DCN: where the backbone is deformable
+    auxiliary: str = "iou"  # of paa_head.AUXILIARIES; of the head paa
+    cop_padding: str = "prob0"  # of paa_head.COP_PADDINGS; of the head paa
 
 
-def gfl_head(num_classes: int, architecture: Architecture) -> GFLHead:
+def gfl_head(num_classes: int, architecture: Architecture) -> gfl.GFLHead:
     """The GFLHead of an Architecture."""
-    return GFLHead(num_classes, architecture.channels, architecture.tower_convs, architecture.reg_max,
-                   architecture.quality)
+    return gfl.GFLHead(num_classes, architecture.channels, architecture.tower_convs, architecture.reg_max,
+                       architecture.quality)
 
 
-HEADS = {"gfl": gfl_head}  # the heads that a checkpoint may name, as functions of C and the Architecture
+def paa_head(num_classes: int, architecture: Architecture) -> paa.PAAHead:
+    """The PAAHead of an Architecture."""
+    return paa.PAAHead(num_classes, architecture.channels, architecture.tower_convs, architecture.auxiliary,
+                       architecture.cop_padding)
+
+
+# The heads that a checkpoint may name, as functions of C and the Architecture.
+HEADS = {"gfl": gfl_head, "paa": paa_head}
 
 
 class Detector(nn.Module):
@@ -46,10 +56,14 @@ class Detector(nn.Module):
         self.neck = FeaturePyramid(self.backbone.out_channels, architecture.channels)
         self.head = HEADS[architecture.head](num_classes, architecture)
 
-    def forward(self, images: torch.Tensor) -> Outputs:
+    def forward(self, images: torch.Tensor) -> gfl.Outputs | paa.Outputs:
         """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns the Outputs of the head."""
         return self.head(self.neck(self.backbone(images)))
 
     def anchors(self, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Anchors:
         """The Anchors that the head predicts for. sizes: ((H_l, W_l), ...) of the levels."""
         return make_anchors(sizes, device)
+
+    def suppression(self, name: str) -> str:
+        """The name of the suppression that `name` asks for: auto is the one that the head's published results had."""
+        return self.head.suppression if name == "auto" else name

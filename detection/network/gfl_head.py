@@ -1,19 +1,14 @@
 """The head of Generalized Focal Loss (GFL: Li et al., NeurIPS 2020), and what it answers."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
-from torchvision.ops import Conv2dNormActivation
 
 from detection.geometry.anchors import STRIDES, Anchors
 from detection.geometry.boxes import boxes_at, expected_distances
-
-PRIOR = 0.01  # the score that every anchor starts from, so that the many negatives do not drown the rest
-
+from detection.network.towers import flatten, initialise_head, tower
 
 
 @dataclass
@@ -45,25 +40,19 @@ class GFLHead(nn.Module):
     """Two towers, shared by all levels: one scores the classes, the other gives each side of the box a distribution of
     its distance (Li et al., NeurIPS 2020). With `quality` also GFocal V2's branch (Li et al., CVPR 2021)."""
 
+    suppression = "nms"
+
     def __init__(self, num_classes: int, channels: int, tower_convs: int, reg_max: int, quality: bool):
         super().__init__()
         self.reg_max = reg_max
-        norm = partial(nn.GroupNorm, 32)
-        self.class_tower, self.box_tower = (
-            nn.Sequential(*(Conv2dNormActivation(channels, channels, 3, norm_layer=norm, bias=False)
-                            for _ in range(tower_convs))) for _ in range(2))
+        self.class_tower, self.box_tower = tower(channels, tower_convs), tower(channels, tower_convs)
         self.classify = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.regress = nn.Conv2d(channels, 4 * (reg_max + 1), 3, padding=1)
         self.scales = nn.Parameter(torch.ones(len(STRIDES)))  # one for each level
         # The four largest of each side's probabilities and their mean say how sure the box is (GFocal V2, eq. 3 and 4).
         self.quality = nn.Sequential(nn.Conv2d(4 * 5, 64, 1), nn.ReLU(inplace=True), nn.Conv2d(64, 1, 1),
                                      nn.Sigmoid()) if quality else None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
+        initialise_head(self, self.classify)
 
     def forward(self, pyramid: list[torch.Tensor]) -> Outputs:
         """pyramid: 5 maps (N, channels, H_l, W_l). Returns Outputs."""
@@ -84,8 +73,3 @@ class GFLHead(nn.Module):
         with torch.autocast(edges.device.type, enabled=False):  # bf16 would leave a dozen different qualities
             found = self.quality(statistics.transpose(1, 2).unflatten(2, size))  # (N, 1, H_l, W_l)
         return flatten(found, 1).squeeze(2)
-
-
-def flatten(feature: torch.Tensor, groups: int) -> torch.Tensor:
-    """(N, groups * K, H, W) -> (N, H * W, groups, K): locations row by row."""
-    return feature.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (groups, -1))

@@ -13,6 +13,7 @@ from detection.geometry.suppression import (
     distance_penalised_iou,
     nms,
     score_voting_cluster_diou_nms,
+    score_voting_nms,
 )
 
 EVERY_WAY = pytest.mark.parametrize("suppress", SUPPRESSIONS.values(), ids=SUPPRESSIONS.keys())
@@ -71,6 +72,17 @@ def voted(boxes, scores, labels, kept):
             sums = [side + weight * other for side, other in zip(sums, boxes[j], strict=True)]
         found.append([side / total for side in sums])
     return torch.tensor(found)
+
+
+def voted_of_paa(boxes, scores, labels, kept):
+    """The remaining boxes after the vote of PAA, box by box."""
+    found = []
+    for i in kept:
+        alike = [similarity(boxes[i].tolist(), box, penalised=False) for box in boxes.tolist()]
+        weights = [(label == labels[i]) * (value > 0.01) * math.exp(-(1 - value)**2 / 0.025) * score
+                   for value, label, score in zip(alike, labels, scores, strict=True)]
+        found.append(sum(weight * box for weight, box in zip(weights, boxes, strict=True)) / sum(weights))
+    return torch.stack(found)
 
 
 def full_matrix(measure, boxes, scores, labels, threshold):
@@ -208,6 +220,8 @@ def test_of_equal_scores_the_first_remains(suppress):
     assert found[2].tolist() == labels[kept].tolist() and 2 < len(kept) < 300
     if suppress is score_voting_cluster_diou_nms:
         assert torch.allclose(found[0], voted(boxes, scores, labels, kept), rtol=0, atol=1e-3)
+    elif suppress is score_voting_nms:
+        assert torch.allclose(found[0], voted_of_paa(boxes, scores, labels, kept), rtol=0, atol=1e-3)
     else:
         assert torch.equal(found[0], boxes[kept])
 
@@ -328,3 +342,13 @@ def test_a_vote_far_from_the_origin_is_that_at_the_origin():
     near = score_voting_cluster_diou_nms(boxes, scores, labels)
     far = score_voting_cluster_diou_nms(boxes + 1e5, scores, labels)
     assert_same((far[0] - 1e5, *far[1:]), near, atol=0.05)
+
+
+def test_in_paa_boxes_of_any_score_vote():
+    """The second box is suppressed by the first; the third, of IoU 0.54 with the first, remains and both vote."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [3, 0, 13, 10], [0, 0, 10, 10]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.6, 0.5]), torch.tensor([0, 0, 0, 1])
+    found = score_voting_nms(boxes, scores, labels)
+    assert found[1].tolist() == pytest.approx([0.9, 0.6, 0.5]) and found[2].tolist() == [0, 0, 1]
+    assert torch.allclose(found[0], voted_of_paa(boxes, scores, labels, [0, 2, 3]), atol=1e-4)
+    assert found[0][1, 0] < 3 - 1e-4 and found[0][0, 3] < 9.99 and torch.equal(found[0][2], boxes[3])
