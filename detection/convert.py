@@ -1,12 +1,13 @@
-"""A GFL, GFocal V2 or LD detector that mmdetection trained, as a checkpoint of this project.
+"""A GFL, GFocal V2, LD, PAA or LAD detector that mmdetection trained, as a checkpoint of this project.
 
     python -m detection.convert gfl_r50_fpn_1x_coco.pth runs/coco/gfl_r50.pt
     python -m detection.convert latest.pth runs/mine/teacher.pt --classes names.txt --short 640 --long 1000
+    python -m detection.convert colad.pth runs/coco/paa_r50.pt --teacher
 
 ResNet-18, 34, 50 or 101 with its stride in the 3x3 convolutions, ResNeXt-50 or 101 (32x4d), Res2Net-50 or 101 (26w x
 4s), these also with deformable convolutions (DCNv2) in c3 to c5 or c4 to c5; pyramid from P3 to P7. Sizes are taken
 from the weights, names of classes from the file, if it has them, or from --classes. The result can be tested,
-published, and be a teacher.
+published, and be a teacher. ATSS has the weights of PAA and is taken for it.
 
 A file that holds more than tensors and plain types is not read, as that could run code. Where mmdetection is installed
 and the file is trusted, its state_dict alone can be saved again."""
@@ -40,43 +41,55 @@ NAMES = (
     (r"head\.class_tower\.(\d+)\.1", r"bbox_head.cls_convs.\1.gn"),
     (r"head\.box_tower\.(\d+)\.0", r"bbox_head.reg_convs.\1.conv"),
     (r"head\.box_tower\.(\d+)\.1", r"bbox_head.reg_convs.\1.gn"),
-    (r"head\.classify", r"bbox_head.gfl_cls"),
-    (r"head\.regress", r"bbox_head.gfl_reg"),
-    (r"head\.quality", r"bbox_head.reg_conf"),
 )
+OUTPUTS = {
+    "gfl": ((r"head\.classify", r"bbox_head.gfl_cls"),
+            (r"head\.regress", r"bbox_head.gfl_reg"),
+            (r"head\.quality", r"bbox_head.reg_conf")),
+    "paa": ((r"head\.classify", r"bbox_head.atss_cls"),
+            (r"head\.regress", r"bbox_head.atss_reg"),
+            (r"head\.iou", r"bbox_head.atss_centerness"),
+            (r"head\.objectness", r"bbox_head.objectness"),
+            (r"head\.bias", r"bbox_head.obj_bias"),
+            (r"head\.coefficients", r"bbox_head.coeff_conv")),
+}
 SCALES, SCALE = "head.scales", "bbox_head.scales.{}.scale"
-# LD's teacher, what is computed and not learned, and the classifier of ImageNet.
-LEFT_OUT = ("teacher_model.", "teacher.", "bbox_head.integral.project", "backbone.fc.")
+TEACHER = r"teacher(_model\.|_|\.)"  # how the names of a teacher begin that is in the same file
+# What is computed and not learned, and the classifier of ImageNet.
+LEFT_OUT = ("bbox_head.integral.project", "backbone.fc.")
 CLASSIFY_BIAS = "bbox_head.gfl_cls.bias"
 CLASSIFY, REGRESS, QUALITY = (f"bbox_head.{name}.weight" for name in ("gfl_cls", "gfl_reg", "reg_conf.0"))
+CLASSIFY_PAA, REGRESS_PAA, IOU, BIAS, COEFFICIENTS = (
+    f"bbox_head.{name}.weight" for name in ("atss_cls", "atss_reg", "atss_centerness", "obj_bias", "coeff_conv"))
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def mmdet_name(name: str) -> str:
-    """What mmdetection calls an entry of a Detector's state dict."""
-    for ours, theirs in NAMES:
+def mmdet_name(name: str, head: str = "gfl") -> str:
+    """What mmdetection calls an entry of the state dict of a Detector with that head."""
+    for ours, theirs in (*NAMES, *OUTPUTS[head]):
         name = re.sub(f"^{ours}(?=\\.)", theirs, name)
     return name
 
 
-def to_mmdet(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of a Detector in mmdetection's names."""
+def to_mmdet(state: Mapping[str, torch.Tensor], head: str = "gfl") -> dict[str, torch.Tensor]:
+    """The state dict of a Detector with that head in mmdetection's names."""
     scales = {SCALE.format(level): scale for level, scale in enumerate(state[SCALES])}
-    return {mmdet_name(name): value for name, value in state.items() if name != SCALES} | scales
+    return {mmdet_name(name, head): value for name, value in state.items() if name != SCALES} | scales
 
 
-def from_mmdet(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+def from_mmdet(state: Mapping[str, torch.Tensor], names: Iterable[str], head: str = "gfl") -> dict[str, torch.Tensor]:
     """The inverse of `to_mmdet`. names: of the entries of the Detector."""
     scales = [state[SCALE.format(level)] for level in range(len(STRIDES))]
-    return {name: torch.stack(scales) if name == SCALES else state[mmdet_name(name)] for name in names}
+    return {name: torch.stack(scales) if name == SCALES else state[mmdet_name(name, head)] for name in names}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_mmdet(path: str | Path) -> tuple[dict[str, torch.Tensor], list[Any] | None]:
+def read_mmdet(path: str | Path, teacher: bool = False) -> tuple[dict[str, torch.Tensor], list[Any] | None]:
     """A file of mmdetection as (state dict, names of the classes or None), without what a Detector does not have.
+    teacher: the state dict is that of the teacher in the file.
 
     Raises UserError for what is no such file, and for what a Detector has no counterpart of."""
     content = load_checkpoint(path)
@@ -86,7 +99,13 @@ def read_mmdet(path: str | Path) -> tuple[dict[str, torch.Tensor], list[Any] | N
                         "writes it")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = {re.sub(f"^{TEACHER}", "", name): value for name, value in state.items()
+             if bool(re.match(TEACHER, name)) == teacher}
+    if not state:
+        raise UserError(f"{path}: holds no teacher beside the detector; leave --teacher out")
     state = {name: value for name, value in state.items() if not name.startswith(LEFT_OUT)}
+    if COEFFICIENTS in state and BIAS not in state:  # the released head of COP has an objectness that it does not use
+        state = {name: value for name, value in state.items() if not name.startswith("bbox_head.objectness.")}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or not is_stored_whole(value):
             raise UserError(f"{path}: {name[:80]} is no dense tensor of numbers; expected a state dict")
@@ -107,15 +126,20 @@ def named_classes(meta: Any) -> list[Any] | None:
 def read_architecture(state: Mapping[str, torch.Tensor], path: str | Path) -> tuple[Architecture, int]:
     """(Architecture, number of classes) that a state dict of mmdetection has by its names and shapes.
 
-    Raises UserError if it is no GFL detector, or on another backbone than ours."""
-    for name in (CLASSIFY, REGRESS):
+    Raises UserError if it is no GFL or PAA detector, or on another backbone than ours."""
+    is_paa = CLASSIFY_PAA in state
+    for name in (CLASSIFY_PAA, REGRESS_PAA) if is_paa else (CLASSIFY, REGRESS):
         if name not in state or state[name].ndim != 4:
-            raise UserError(f"{path}: lacks {name}; expected a GFL, GFocal V2 or LD detector of mmdetection")
-    num_classes, channels = state[CLASSIFY].shape[:2]
-    if QUALITY in state:
-        num_classes -= 1  # see without_background
-    return Architecture(channels=channels, tower_convs=count(state, "bbox_head.cls_convs.{}.conv.weight"),
-                        reg_max=len(state[REGRESS]) // 4 - 1, quality=QUALITY in state,
+            raise UserError(f"{path}: lacks {name}; expected a GFL, GFocal V2, LD, PAA or LAD detector of mmdetection")
+    num_classes, channels = state[CLASSIFY_PAA if is_paa else CLASSIFY].shape[:2]
+    if is_paa:
+        parts = {"iou": IOU in state, "iop": BIAS in state, "cop": COEFFICIENTS in state}
+        auxiliary = "+".join(name for name, present in parts.items() if present)
+        head = {"head": "paa", "auxiliary": auxiliary, "cop_padding": "logit0" if parts["cop"] else "prob0"}
+    else:
+        head = {"reg_max": len(state[REGRESS]) // 4 - 1, "quality": QUALITY in state}
+        num_classes -= QUALITY in state  # see without_background
+    return Architecture(channels=channels, tower_convs=count(state, "bbox_head.cls_convs.{}.conv.weight"), **head,
                         **read_backbone(state, path)), num_classes
 
 
@@ -171,12 +195,13 @@ def check_classes(classes: Sequence[Any] | None, num_classes: int, path: str | P
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def convert(path: str | Path, classes_file: str | Path | None, short: int, long: int) -> dict[str, Any]:
+def convert(path: str | Path, classes_file: str | Path | None, short: int, long: int,
+            teacher: bool = False) -> dict[str, Any]:
     """The checkpoint of a Detector of a file of mmdetection, as `save_checkpoint` takes it.
 
     classes_file: None, or a text file with the names of the classes. short, long: limits of an image's sides in pixels
-    (see `transforms.target_size`)."""
-    state, classes = read_mmdet(path)
+    (see `transforms.target_size`). teacher: convert the teacher in the file."""
+    state, classes = read_mmdet(path, teacher)
     if classes_file:
         classes = [name for _, name in list_lines(classes_file)]
     architecture, num_classes = read_architecture(state, path)
@@ -190,8 +215,8 @@ def convert(path: str | Path, classes_file: str | Path | None, short: int, long:
     with torch.device("meta"):  # names and shapes alone
         ours = Detector(num_classes, architecture).state_dict()
     state = without_background(state)
-    check_entries(path, state, to_mmdet(ours), "such a detector in mmdetection")
-    model = from_mmdet(state, ours)
+    check_entries(path, state, to_mmdet(ours, architecture.head), "such a detector in mmdetection")
+    model = from_mmdet(state, ours, architecture.head)
     model = {name: value.to(ours[name].dtype).clone(memory_format=torch.contiguous_format)
              for name, value in model.items()}
     return {"model": model, "description": description}
@@ -207,16 +232,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "(default: 800)")
     parser.add_argument("--long", type=int, default=1333, help="... unless their long side would exceed this (default: "
                         "1333)")
+    parser.add_argument("--teacher", action="store_true", help="convert the teacher that LAD and CoLAD have in the "
+                        "same file, in place of the student")
     args = parser.parse_args(argv)
     if not all(32 <= side <= 100_000 for side in (args.short, args.long)):
         raise UserError(f"--short {args.short} --long {args.long}: expected 32 to 100000 pixels")
     if Path(args.output).exists() and os.path.samefile(args.weights, args.output):
         raise UserError(f"{args.output}: is the file to convert; give another name")
-    checkpoint = convert(args.weights, args.classes, args.short, args.long)
+    checkpoint = convert(args.weights, args.classes, args.short, args.long, args.teacher)
     save_checkpoint(args.output, checkpoint)
     description = checkpoint["description"]
     model = description["model"]
-    head = "GFL with quality (GFocal V2)" if model["quality"] else "GFL"
+    head = {"gfl": "GFL", "paa": f"PAA ({model['auxiliary']})"}[model["head"]]
+    head += " with quality (GFocal V2)" * model["quality"]
     print(f"{args.output}: {head} on {backbone_name(model['depth'], model['backbone'], model['dcn'])}, "
           f"{len(description['classes'])} classes, {len(checkpoint['model'])} entries")
 

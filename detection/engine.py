@@ -1,6 +1,7 @@
 """How a detector trains: from settings to a run, epoch by epoch, to the test of its last epoch. A stage script says
 what: a `Method` and its settings."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,12 @@ class Run(TrainingRun):
         self.sampler.set_position(self.epoch, self.step)
         return loader(self.dataset, self.sampler, self.settings.workers, self.device)
 
+    @property
+    def detectors(self) -> dict[str, Detector]:
+        """{folder below the output: detector} of all that are kept and tested: the published one, "", comes last."""
+        return {**{name: each for name, each in self.companions.items() if isinstance(each, Detector)},
+                "": self.network}
+
     def more_state(self) -> dict[str, Any]:
         return {"companions": self.trainee.companions.state_dict()} if self.companions else {}
 
@@ -135,7 +142,7 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
     precision = run_precision(settings, device)
     more = {"value_range": train_value_range(settings, train_annotations)}
     if method.load_teacher:
-        more["teacher_sha256"] = teacher_sha256(settings)
+        more["teacher_sha256"] = teacher_sha256(method, settings)
     identity = identity_of_run(method.name, settings, precision, fingerprint(train_annotations), **more)
     if rank() == 0:
         check_output(settings, identity, f"images, boxes or classes than {settings.train} has")
@@ -149,7 +156,8 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
         if rank() == 0:
             with optional_picture(folder / "curves.png") as path:
                 pictures.draw_curves(read_json_lines(folder / "log.jsonl"), path)
-        test(settings, folder / "final.pt", device)
+        for name in run.detectors:
+            test(dataclasses.replace(settings, output=str(folder / name)), folder / name / "final.pt", device)
 
 
 def train_value_range(settings: Settings, annotations: Annotations) -> list[int] | None:
@@ -161,11 +169,12 @@ def train_value_range(settings: Settings, annotations: Annotations) -> list[int]
     return value_range_entry(value_range).get("value_range")
 
 
-def teacher_sha256(settings: Any) -> str:
+def teacher_sha256(method: Method, settings: Any) -> str:
     """Hexadecimal SHA-256 of the teacher's file: with another teacher it is another run."""
     if not Path(settings.teacher).is_file():
-        raise UserError(f"--teacher {settings.teacher}: no such checkpoint; train one with python -m "
-                        f"detection.train_gfl --output {Path(settings.teacher).parent}, or say where one is")
+        raise UserError(f"--teacher {settings.teacher}: no such checkpoint; train one with python -m detection.train_"
+                        f"{method.architecture(settings).head} --output {Path(settings.teacher).parent}, or say where "
+                        "one is")
     return sha256_of(settings.teacher)
 
 
@@ -295,5 +304,7 @@ def finish_epoch(run: Run, record: dict[str, Any]) -> None:
         f"  {record['images_per_second']:.1f} images/s")
     run.description["epoch"] = run.epoch
     if run.epoch == settings.epochs:
-        save_checkpoint(Path(settings.output) / "final.pt", {
-            "model": run.network.state_dict(), "description": run.description})
+        for name, network in run.detectors.items():
+            save_checkpoint(Path(settings.output) / name / "final.pt", {
+                "model": network.state_dict(),
+                "description": {**run.description, "model": describe_model(network.architecture)}})

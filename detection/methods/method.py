@@ -55,8 +55,8 @@ class Method:
     weights(settings, num_classes): {name: weight} of every loss. The loss of a step is their weighted sum.
     load_teacher(settings, description, device, precision): the frozen teacher of `settings.teacher`, in eval mode, or a
         UserError if a student of this description cannot learn from it. None for a method without a teacher.
-    companions(num_classes, settings): {name: nn.Module} trained beside the student: optimised, saved for --resume, not
-        published.
+    companions(num_classes, settings): {name: nn.Module} trained beside the student: optimised and saved for --resume. A
+        Detector is also kept as NAME/final.pt and tested; nothing else is published.
     forward(student, companions, images, teacher): the forward pass, under autocast and, with several processes,
         DistributedDataParallel. companions: an nn.ModuleDict. teacher: the teacher's outputs.
     notes(settings, num_classes, images_per_process): sentences about settings that do not do what they seem to."""

@@ -33,10 +33,16 @@ class Outputs:
         return tuple(tuple(feature.shape[2:]) for feature in self.features)
 
     @property
+    def class_scores(self) -> torch.Tensor:
+        """(N, A, C) scores of the classes alone, in 0..1."""
+        return self.logits.sigmoid() if self.probabilities is None else self.probabilities
+
+    @property
     def scores(self) -> torch.Tensor:
         """(N, A, C) scores in 0..1: the square root of class score times IoU; without an IoU the class score."""
-        scores = self.logits.sigmoid() if self.probabilities is None else self.probabilities
-        return scores if self.iou_logits is None else (scores * self.iou_logits.sigmoid()[..., None]).sqrt()
+        if self.iou_logits is None:
+            return self.class_scores
+        return (self.class_scores * self.iou_logits.sigmoid()[..., None]).sqrt()
 
     def boxes(self, anchors: Anchors) -> torch.Tensor:
         """(N, A, 4) decoded boxes in pixels."""

@@ -58,8 +58,7 @@ def focal(p, label):
 
 
 def class_scores(outputs, image, anchor):
-    scores = outputs.logits.sigmoid() if outputs.probabilities is None else outputs.probabilities
-    return scores[image, anchor].tolist()
+    return outputs.class_scores[image, anchor].tolist()
 
 
 def cost(outputs, image, anchor, box, label):
