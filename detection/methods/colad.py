@@ -1,4 +1,5 @@
-"""CoLAD: two PAA detectors that learn together and assign each other's anchors (Nguyen et al., WACV 2022). The student is the published network; the peer is kept and tested beside it."""
+"""CoLAD: two PAA detectors that learn together and assign each other's anchors (Nguyen et al., WACV 2022). The
+student is the published network; the peer is kept and tested beside it."""
 
 from dataclasses import dataclass
 from typing import Any
