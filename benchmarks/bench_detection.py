@@ -1,11 +1,15 @@
-"""What a training step of the detectors costs: GFL, GFL taught by LD and by LTD, and torchvision's FCOS on the same
-ResNet and images; and what the ways of suppression cost.
+"""What a training step of the detectors costs: GFL, GFL taught by LD and by LTD, PAA, PAA taught by LAD, and
+torchvision's FCOS on the same ResNet and images; what PAA's assignment costs beside a loop over the objects with a
+mixture of scikit-learn for each, as in the released code; and what the ways of suppression cost.
 
     python -m benchmarks.bench_detection
     python -m benchmarks.bench_detection --depth 18 --teacher-depth 50 --height 320 --width 320 --batch-size 4
+    python -m benchmarks.bench_detection --only assignment --objects 500
 
 A step is that of `detection.engine.train_step` on drawn noise with random boxes; weights are random, which changes no
 time. Every ResNet has its stem, layer1 and batch-norm statistics frozen."""
+
+import dataclasses
 
 import torch
 from torchvision import ops
@@ -19,6 +23,7 @@ from common.precision import resolve_precision
 from common.runtime import autocast, run_script
 from common.weights import fold_batch_norm
 from detection.assigners.atss import assign_by_atss
+from detection.assigners.paa import CANDIDATES, assign_by_paa, costs_of, potential_positives
 from detection.assigners.targets import ground_truth
 from detection.data.batches import Batch
 from detection.data.transforms import MEAN, STD
@@ -28,10 +33,13 @@ from detection.geometry.anchors import make_anchors, pyramid_sizes
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.losses.gfl import gfl_losses
 from detection.methods.gfl import GFL, GFLSettings
+from detection.methods.lad import LAD, LADSettings
 from detection.methods.ld import LD, LDSettings
 from detection.methods.ltd import LTD, LTDSettings
+from detection.methods.paa import PAA, PAASettings
 from detection.network.detector import Architecture, Detector
 from detection.network.gfl_head import Outputs
+from detection.network.paa_head import Outputs as PAAOutputs
 
 CLASSES = 15  # DOTA's
 
@@ -55,7 +63,8 @@ def draw_batch(args):
 
 def our_step(args, batch, device, precision, method, settings, teacher=None):
     """A function that does a training step of a method."""
-    network = Detector(CLASSES, Architecture(args.depth), frozen=True)
+    settings = dataclasses.replace(settings, depth=args.depth, lr=1e-6)
+    network = Detector(CLASSES, method.architecture(settings), frozen=True)
     run = Run(name=method.name, method=method, settings=settings, device=device, precision=precision, network=network,
               optimizer=None, sampler=[0], description={}, train_annotations=None, test_annotations=None,
               teacher=teacher, companions=method.companions(CLASSES, settings))
@@ -133,30 +142,82 @@ def forward_step(teacher, batch, device, precision):
 def measure_steps(args, device, precision):
     """Rows of the table of training steps."""
     batch = draw_batch(args)
-    teacher = fold_batch_norm(Detector(CLASSES, Architecture(args.teacher_depth))).requires_grad_(False)
-    teacher.to(device, memory_format=torch.channels_last)
+    teachers = [fold_batch_norm(Detector(CLASSES, Architecture(args.teacher_depth, head=head))).requires_grad_(False)
+                .to(device, memory_format=torch.channels_last) for head in ("gfl", "paa")]
+    given = args, batch, device, precision
     seconds = interleaved({
-        "FCOS, torchvision": fcos_step(args, batch, device, precision),
-        "GFL": our_step(args, batch, device, precision, GFL, GFLSettings(lr=1e-6)),
-        "GFL with LD": our_step(args, batch, device, precision, LD, LDSettings(lr=1e-6), teacher),
-        "GFL with LTD": our_step(args, batch, device, precision, LTD, LTDSettings(lr=1e-6), teacher),
-        "GFL with LTD but for LIC": our_step(args, batch, device, precision, LTD, LTDSettings(lr=1e-6, lic=False),
-                                             teacher),
-        "the teacher's forward": forward_step(teacher, batch, device, precision),
+        "FCOS, torchvision": fcos_step(*given),
+        "GFL": our_step(*given, GFL, GFLSettings()),
+        "GFL with LD": our_step(*given, LD, LDSettings(), teachers[0]),
+        "GFL with LTD": our_step(*given, LTD, LTDSettings(), teachers[0]),
+        "GFL with LTD but for LIC": our_step(*given, LTD, LTDSettings(lic=False), teachers[0]),
+        "the GFL teacher's forward": forward_step(teachers[0], batch, device, precision),
+        "PAA": our_step(*given, PAA, PAASettings()),
+        "PAA with LAD": our_step(*given, LAD, LADSettings(), teachers[1]),
+        "the PAA teacher's forward": forward_step(teachers[1], batch, device, precision),
         "assignment and losses of GFL": loss_step(args, batch, device),
         "assignment and losses of GFL with LD": loss_step(args, batch, device, True),
     }, args.repeats, device)
-    fcos, gfl, taught, by_ltd, without_lic, asked, losses, all_losses = seconds.values()
+    fcos, gfl, taught, by_ltd, without_lic, asked, paa, lad, asked_paa, losses, all_losses = seconds.values()
     share = 0.10 if device.type == "cuda" else None
     goals = {"GFL": ("FCOS", gfl / fcos, 1.15),
              "GFL with LD": ("GFL and the teacher's forward", taught / (gfl + asked), 1.05),
              "GFL with LTD": ("GFL and the teacher's forward", by_ltd / (gfl + asked), 1.15),
              "GFL with LTD but for LIC": ("GFL and the teacher's forward", without_lic / (gfl + asked), 1.15),
+             "PAA": ("GFL", paa / gfl, 1.25),
+             "PAA with LAD": ("PAA and the teacher's forward", lad / (paa + asked_paa), 1.08),
              "assignment and losses of GFL": ("GFL", losses / gfl, share),
              "assignment and losses of GFL with LD": ("GFL with LD", all_losses / taught, share)}
     return [{"step": name, "ms": round(1000 * taken, 1), "times": goals.get(name, (None,))[0],
              "ratio": round(goals[name][1], 3) if name in goals else None, "goal": goals.get(name, (0, 0, None))[2]}
             for name, taken in seconds.items()]
+
+
+def loop_over_objects(outputs, anchors, truth, mixture):
+    """The cost that each object's positives end at, found object by object. mixture: sklearn.mixture."""
+    potential = potential_positives(anchors, truth)
+    costs = costs_of(outputs, potential, anchors, truth)
+    found = []
+    for number in range(len(truth.boxes)):
+        own = potential.objects == number
+        levels = anchors.levels[potential.anchors[own]]
+        candidates = [costs[own][levels == level] for level in range(len(anchors.sizes))]
+        candidates = torch.cat([level.topk(min(CANDIDATES, len(level)), largest=False).values
+                                for level in candidates]).sort().values
+        if len(candidates) < 2:
+            continue
+        values = candidates.double().cpu().numpy()[:, None]
+        fitted = mixture.GaussianMixture(2, weights_init=[0.5, 0.5], means_init=[values.min(0), values.max(0)],
+                                         precisions_init=[[1.0], [1.0]], covariance_type="diag").fit(values)
+        cheap, density = fitted.predict(values) == 0, fitted.score_samples(values)
+        if cheap.any():
+            found.append(candidates[torch.from_numpy(cheap).to(candidates.device)][density[cheap].argmax()])
+    return found
+
+
+def measure_assignment(args, device):
+    """Rows: milliseconds of PAA's assignment of a batch, all objects at once and object by object."""
+    from sklearn import mixture  # of requirements-dev.txt
+
+    sizes, generator = pyramid_sizes(args.height, args.width), torch.Generator().manual_seed(0)
+    anchors, rows = make_anchors(sizes, device), []
+    shape = args.batch_size, len(anchors.boxes)
+    logits, deltas = (torch.randn(*shape, size, generator=generator).to(device) for size in (CLASSES, 4))
+    outputs = PAAOutputs(logits - 4, deltas, [])
+    for objects in sorted({args.objects, 500}):
+        boxes = torch.cat([draw_boxes(objects, args.height, args.width, generator) for _ in range(args.batch_size)])
+        labels = torch.randint(0, CLASSES, (len(boxes),), generator=generator)
+        truth = ground_truth(boxes.to(device), labels.to(device), [objects] * args.batch_size,
+                             [(args.height, args.width)] * args.batch_size, CLASSES)
+        seconds = interleaved({
+            "all at once": lambda truth=truth: assign_by_paa(outputs, anchors, truth),
+            "object by object": lambda truth=truth: loop_over_objects(outputs, anchors, truth, mixture),
+        }, args.repeats, device, warm_up=1)
+        slow = seconds["object by object"]
+        rows += [{"assignment of PAA": name, "images": args.batch_size, "objects each": objects,
+                  "ms": round(1000 * taken, 1), "times the loop": round(taken / slow, 3)}
+                 for name, taken in seconds.items()]
+    return rows
 
 
 def measure_suppression(device, repeats):
@@ -190,14 +251,19 @@ def main():
     flags.add_argument("--batch-size", type=int, default=2)
     flags.add_argument("--objects", type=int, default=20, help="of each image")
     flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    flags.add_argument("--only", choices=("steps", "assignment", "suppression"), help="measure this alone")
     args = flags.parse_args()
     device = set_up(args)
     precision = resolve_precision(args.precision, device)
-    suppression = measure_suppression(device, max(args.repeats, 7))
-    print_table(suppression)
-    steps = measure_steps(args, device, precision)
-    finish(args, device, f"a training step of {args.batch_size} images of {args.height}x{args.width}, ResNet-"
-           f"{args.depth}, teacher ResNet-{args.teacher_depth}, {precision}", steps, suppression=suppression)
+    tables = {"suppression": lambda: measure_suppression(device, max(args.repeats, 7)),
+              "assignment": lambda: measure_assignment(args, device),
+              "steps": lambda: measure_steps(args, device, precision)}
+    rows = {name: measure() for name, measure in tables.items() if args.only in (None, name)}
+    *others, last = rows
+    for name in others:
+        print_table(rows[name])
+    finish(args, device, f"{args.batch_size} images of {args.height}x{args.width}, ResNet-{args.depth}, teacher ResNet-"
+           f"{args.teacher_depth}, {precision}", rows[last], **{name: rows[name] for name in others})
 
 
 if __name__ == "__main__":

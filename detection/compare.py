@@ -10,7 +10,7 @@ from typing import Any
 
 from common.files import read_json
 from common.runtime import UserError, run_script
-from detection.tables import comparison_table
+from detection.tables import comparison_table, with_suppression
 
 
 def read_rows(rows: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -31,15 +31,14 @@ def read_rows(rows: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_of(results: dict[str, Any]) -> tuple[str, str, int, str]:
-    """(metric, suppression, number of images, digest of images and boxes) of a test. An older version did not record
-    the digest."""
-    return (results["metric"], results.get("settings", {}).get("suppression", "nms"), results["images"],
-            results.get("test_images", ""))
+    """(metric, suppression, number of images, digest of images and boxes) of a test. Suppression auto is each
+    detector's own. An older version did not record the digest."""
+    return (results["metric"], results["settings"]["suppression"], results["images"], results.get("test_images", ""))
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """The results of a detector's test."""
-    results = read_json(path)
+    results = with_suppression(read_json(path))
     if not isinstance(results, dict) or not all(key in results for key in ("AP", "AP50", "AP75", "metric", "images")):
         raise UserError(f"{path}: not the results of a detector; expected what detection.test writes")
     return results

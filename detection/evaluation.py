@@ -1,6 +1,5 @@
 """The test of a detector: detections of the test images, their average precision, the cost of an image, pictures."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from detection.metrics.dota_ap import dota_ap
 from detection.metrics.voc_ap import voc_ap
 from detection.network.detector import Detector
 from detection.settings import Settings, data_name
-from detection.tables import results_table
+from detection.tables import results_table, with_suppression
 
 
 def detect_all(network: Detector, annotations: Annotations, preprocessing: dict[str, Any], settings: Settings,
@@ -115,7 +114,6 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
     on the others."""
     folder = Path(settings.output)
     network, description = load_detector(weights)
-    settings = dataclasses.replace(settings, suppression=network.suppression(settings.suppression))
     annotations = read_test_annotations(settings, description["classes"])
     precision = precision_of_test(settings.precision, device)
     say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
@@ -130,7 +128,8 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
         "dataset": data_name(settings.test), "stage": description["stage"], "epoch": description["epoch"],
         "test_images": fingerprint(annotations), "weights": str(weights), "weights_sha256": sha256_of(weights),
         **results,
-        "settings": test_settings(settings), "short": preprocessing["short"], "long": preprocessing["long"],
+        "settings": test_settings(settings), "suppression": network.suppression(settings.suppression),
+        "short": preprocessing["short"], "long": preprocessing["long"],
         **cost(network, preprocessing, device, precision), "device": device_name(device), "precision": precision,
         "versions": library_versions(),
     }
@@ -174,8 +173,7 @@ def test_only(settings: Settings, device: torch.device) -> None:
     check_test_output(settings, weights)
     earlier = folder / "results.json"
     if earlier.exists():
-        tested, network = read_json(earlier), load_detector(weights)[0]
-        settings = dataclasses.replace(settings, suppression=network.suppression(settings.suppression))
+        tested = with_suppression(read_json(earlier))
         identity = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
         if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in identity.items()):
             raise UserError(f"{earlier}: is of other weights than {weights}, or of other images, metric or "

@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.annotations}: no image with an object")
     rows: list[list[Image.Image]] = [[] for _ in indices]
     for path, (network, description) in zip(args.weights, detectors, strict=True):
-        network, sides = inference_network(network, device), [description["preprocessing"][k] for k in ("short", "long")]
+        network = inference_network(network, device)
+        sides = [description["preprocessing"][name] for name in ("short", "long")]
         for row, index in zip(rows, indices, strict=True):
             record = annotations.records[index]
             found = positives(network, annotations, index, *sides, device)

@@ -30,6 +30,16 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_suppression(results: Any) -> Any:
+    """The content of a results.json with the suppression that the test was asked for: those written before there was
+    auto have nms, which every detector had then. What is no such content is returned as it is."""
+    if not isinstance(results, dict) or "suppression" in results:
+        return results
+    settings = {"suppression": "nms", **results.get("settings", {})}
+    suppression = "auto" if settings["suppression"] == "nms" else settings["suppression"]
+    return {**results, "settings": {**settings, "suppression": suppression}}
+
+
 def comparison_table(rows: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Mean and standard deviation (of a sample) over the runs of each row, as text, in per cent.
 

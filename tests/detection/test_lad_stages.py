@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.runtime import UserError
 from demo.draw_scenes import write_demo
 from detection import compare, engine, predict, publish, show_assignment, train_colad, train_gfl, train_lad, train_paa
 from detection.checkpoint import load_detector
@@ -63,7 +64,7 @@ def test_a_run_leaves_its_files(runs):
         assert set(os.listdir(runs / stage)) == FILES | ({"peer"} if stage == "colad" else set())
         results = json.loads((runs / stage / "results.json").read_text())
         assert results["stage"] == stage and results["images"] == 3 and results["AP50"] is not None
-        assert results["settings"]["suppression"] == "nms-voting"
+        assert (results["settings"]["suppression"], results["suppression"]) == ("auto", "nms-voting")
     terms = {"cls", "box", "iou"}
     for stage, expected in (("paa", terms), ("lad", terms), ("colad", {
             f"{term}_{network}" for term in terms for network in ("student", "peer")})):
@@ -153,17 +154,27 @@ def test_the_tools_need_not_be_told_the_method(runs, scenes, tmp_path, stage):
     assert run_detector(train_gfl, "--test-only", "--weights", published, "--test", scenes / "test.json", "--output",
                         tmp_path / "test", "--device", "cpu", "--workers", "0") == 0
     again = json.loads((tmp_path / "test" / "results.json").read_text())
-    assert again["per_class"] == trained["per_class"] and again["settings"]["suppression"] == "nms-voting"
+    assert again["per_class"] == trained["per_class"] and again["suppression"] == "nms-voting"
     image = sorted((scenes / "images").glob("*"))[0]
     assert run_tool(predict, "--weights", published, image, "--output", tmp_path / "found", "--json",
                     tmp_path / "found.json", "--device", "cpu") == 0
     assert (tmp_path / "found" / image.name).exists() and json.loads((tmp_path / "found.json").read_text())
 
 
-def test_runs_of_all_methods_are_compared(runs, capsys):
-    compare.main([f"{stage}={runs / stage}" for stage in ("paa", "lad", "colad", "colad/peer")])
+def test_runs_of_all_methods_are_compared(runs, tmp_path, capsys):
+    """Each tested as published: PAA by nms-voting, and a GFL detector before there was a choice by nms."""
+    before = json.loads((runs / "paa" / "results.json").read_text())
+    before["settings"]["suppression"] = "nms"
+    for results in (before, {name: value for name, value in before.items() if name != "suppression"}):
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        rows = [f"{stage}={runs / stage}" for stage in ("paa", "lad", "colad", "colad/peer")] + [f"GFL={tmp_path}"]
+        if "suppression" in results:
+            with pytest.raises(UserError, match="not tested alike: .*with auto .*; GFL .*with nms on"):
+                compare.main(rows)
+        else:
+            compare.main(rows)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        "paa", "lad", "colad", "colad/peer"]
+        "paa", "lad", "colad", "colad/peer", "GFL"]
 
 
 def test_the_positive_anchors_of_two_detectors_are_drawn_side_by_side(runs, scenes, tmp_path, capsys):

@@ -274,11 +274,11 @@ def test_runs_are_compared_by_mean_and_deviation(runs, tmp_path, capsys):
     assert header.split()[:3] == ["runs", "AP", "AP50"] and "large" in header
     assert ld.split()[:5] == ["LD", "2", "31.0", "±", "1.4"] and teacher.split()[:2] == ["teacher", "1"]
     (tmp_path / "b" / "results.json").write_text(json.dumps({**results, "metric": "another"}))
-    with pytest.raises(UserError, match="not tested alike: LD by COCO AP with nms on 4 images .*; LD by another with"):
+    with pytest.raises(UserError, match="not tested alike: LD by COCO AP with auto on 4 images .*; LD by another with"):
         compare.main([f"LD={tmp_path / 'a'},{tmp_path / 'b'}"])
     for change in ({"test_images": "0123"}, {"settings": {**results["settings"], "suppression": "cluster"}}):
         (tmp_path / "b" / "results.json").write_text(json.dumps({**results, **change}))
-        with pytest.raises(UserError, match="not tested alike: LD by COCO AP with nms on 4 images .*(0123|cluster)"):
+        with pytest.raises(UserError, match="not tested alike: LD by COCO AP with auto on 4 images .*(0123|cluster)"):
             compare.main([f"LD={tmp_path / 'a'},{tmp_path / 'b'}"])
     for row, words in ((f"{tmp_path}", "expected NAME=FOLDER"), (f"x={tmp_path}", "results.json: could not be read")):
         with pytest.raises(UserError, match=words):
