@@ -7,7 +7,7 @@ TEST_JOBS ?= 2
 export GLIBC_TUNABLES ?= \
   glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: demo demo-detection test clean
+.PHONY: demo demo-detection demo-lad test clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -42,10 +42,21 @@ demo-detection: .venv/installed
 	  LD=runs/demo_detection/ld
 	@echo "detections against ground truth: runs/demo_detection/ld/detections.png"
 
+demo-lad: .venv/installed
+	$(BIN)/python -m demo.draw_scenes data/demo_scenes --size 192
+	$(BIN)/python -m detection.train_paa $(SCENES) --depth 34 --epochs 28 --lr-steps 22,26 --output runs/demo_lad/teacher
+	$(BIN)/python -m detection.train_paa $(SCENES) --depth 18 --output runs/demo_lad/paa
+	$(BIN)/python -m detection.train_lad $(SCENES) --depth 18 --output runs/demo_lad/lad \
+	  --teacher runs/demo_lad/teacher/final.pt
+	$(BIN)/python -m detection.compare teacher=runs/demo_lad/teacher alone=runs/demo_lad/paa LAD=runs/demo_lad/lad
+	$(BIN)/python -m detection.show_assignment data/demo_scenes/test.json --weights runs/demo_lad/paa/final.pt \
+	  runs/demo_lad/teacher/final.pt --output runs/demo_lad/assignment.png
+	@echo "positive anchors of the student alone and of its teacher: runs/demo_lad/assignment.png"
+
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy common
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 clean:
-	rm -rf .venv data/demo data/demo_images data/demo_scenes runs/demo runs/demo_detection
+	rm -rf .venv data/demo data/demo_images data/demo_scenes runs/demo runs/demo_detection runs/demo_lad

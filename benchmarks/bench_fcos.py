@@ -24,7 +24,7 @@ from common.training import sgd
 from detection.data.annotations import fingerprint, for_training, read_annotations
 from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, loader, test_draws
 from detection.data.transforms import MEAN, STD
-from detection.engine import FLIP, learning_rate
+from detection.engine import FLIP, learning_rate, train_value_range
 from detection.evaluation import average_precisions, read_test_annotations
 from detection.inference import CANDIDATES, LEAST_SCORE, MOST, OVERLAP
 from detection.network.backbone import Backbone, initialise
@@ -33,7 +33,7 @@ from detection.tables import results_table
 
 FLAGS = ("train", "test", "images", "test_images", "output", "init", "frozen", "depth", "channels", "tower_convs",
          "epochs", "batch_size", "lr", "lr_steps", "warmup_steps", "momentum", "weight_decay", "clip", "repeat",
-         "short", "long", "metric", "seed", "device", "precision", "workers")
+         "short", "long", "value_range", "metric", "seed", "device", "precision", "workers")
 
 
 def build(num_classes, settings):
@@ -67,17 +67,17 @@ def images_of(batch, device):
             for image, (height, width) in zip(batch.images, batch.sizes, strict=True)]
 
 
-def train(network, annotations, settings, device, precision, most_steps):
+def train(network, dataset, settings, device, precision, most_steps):
     """Train for the epochs of the settings, or `most_steps` steps; print a line an epoch."""
     optimizer = sgd(network.parameters(), settings, device)
-    shapes = [(record.height, record.width) for record in annotations.records]
+    shapes = [(record.height, record.width) for record in dataset.annotations.records]
     sampler = AspectRatioBatchSampler(shapes, settings.batch_size, settings.seed, 0, 1, settings.short, settings.long,
                                       FLIP, settings.repeat)
     for epoch in range(settings.epochs):
         train_mode(network)
         sampler.set_position(epoch, 0)
         total, started = 0.0, time.perf_counter()
-        for step, batch in enumerate(loader(DetectionDataset(annotations), sampler, settings.workers, device)):
+        for step, batch in enumerate(loader(dataset, sampler, settings.workers, device)):
             if epoch * len(sampler) + step == most_steps:
                 return
             for group in optimizer.param_groups:
@@ -101,12 +101,12 @@ def train(network, annotations, settings, device, precision, most_steps):
 
 
 @torch.inference_mode()
-def detect_all(network, annotations, settings, device, precision):
+def detect_all(network, dataset, settings, device, precision):
     """The detections of every image in pixels of its file, one image at a time, as `detection.evaluation` has them."""
     network.eval()
-    draws = [[draw] for draw in test_draws(annotations, settings.short[1], settings.long)]
+    draws = [[draw] for draw in test_draws(dataset.annotations, settings.short[1], settings.long)]
     found = []
-    for batch in loader(DetectionDataset(annotations), draws, settings.workers, device):
+    for batch in loader(dataset, draws, settings.workers, device):
         with autocast(device, precision):
             (detections,) = network(images_of(batch, device))
         detections = {name: values.cpu() for name, values in detections.items()}
@@ -141,8 +141,10 @@ def main():
     network = build(len(annotations.classes), settings).to(device, memory_format=torch.channels_last)
     print(f"FCOS on {data_name(settings.train)}: {len(annotations.records)} images to train on, "
           f"{len(test_annotations.records)} to test; {device_name(device)}; precision {precision}", flush=True)
-    train(network, annotations, settings, device, precision, most_steps)
-    found = detect_all(network, test_annotations, settings, device, precision_of_test(settings.precision, device))
+    value_range = train_value_range(settings, annotations)
+    train(network, DetectionDataset(annotations, value_range), settings, device, precision, most_steps)
+    found = detect_all(network, DetectionDataset(test_annotations, value_range), settings, device,
+                       precision_of_test(settings.precision, device))
     results = average_precisions(found, test_annotations, settings.metric)
     results.pop("curves")
     results = {"stage": "fcos", "dataset": data_name(settings.test), "epoch": settings.epochs,

@@ -9,8 +9,7 @@ detector assigns by its own costs, in LAD those of the teacher; a GFL detector b
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,11 +47,12 @@ class Positives(NamedTuple):
 
 
 @torch.inference_mode()
-def positives(network: Detector, annotations: Annotations, index: int, short: int, long: int,
+def positives(network: Detector, annotations: Annotations, index: int, preprocessing: dict[str, Any],
               device: torch.device) -> Positives:
-    """The Positives of the image of the `index`-th record. network: in eval mode on the device. short, long: limits of
-    the image's sides, see `transforms.target_size`."""
-    batch = collate(DetectionDataset(annotations).__getitems__([Draw(index, short, long, False)]))
+    """The Positives of the image of the `index`-th record. network: in eval mode on the device. preprocessing: of the
+    detector's description."""
+    dataset = DetectionDataset(annotations, preprocessing.get("value_range"))
+    batch = collate([dataset[Draw(index, preprocessing["short"], preprocessing["long"], False)]])
     (boxes,), (labels,) = batch.boxes, batch.labels
     truth = ground_truth(boxes.to(device), labels.to(device), [len(labels)], batch.sizes, network.num_classes)
     images = normalise(batch.images.to(device), batch.sizes).contiguous(memory_format=torch.channels_last)
@@ -130,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.annotations}: no image with an object")
     rows: list[list[Image.Image]] = [[] for _ in indices]
     for path, (network, description) in zip(args.weights, detectors, strict=True):
-        network = inference_network(network, device)
-        sides = [description["preprocessing"][name] for name in ("short", "long")]
+        network, preprocessing = inference_network(network, device), description["preprocessing"]
         for row, index in zip(rows, indices, strict=True):
             record = annotations.records[index]
-            found = positives(network, annotations, index, *sides, device)
-            row.append(draw(read_image(record), record, found, f"{record.path.name}, {Path(path)}"))
+            found = positives(network, annotations, index, preprocessing, device)
+            image = read_image(record, preprocessing.get("value_range"))
+            row.append(draw(image, record, found, f"{record.path.name}, {path}"))
     with atomic_path(args.output) as temporary:
         sheet(rows).save(temporary, format="PNG")
     print(f"{counted(len(indices), 'image')}: {args.output}")
