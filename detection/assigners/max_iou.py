@@ -5,7 +5,7 @@ import torch
 from detection.geometry.boxes import iou, pairs
 
 BACKGROUND, IGNORED = -1, -2  # what an anchor is matched to that is assigned to no object
-PAIRS = 2**22  # overlaps held at once: 17 MB in fp32, and there are about ten such matrices
+PAIRS = 2**21  # overlaps held at once: 8 MB in fp32, and there are about ten such matrices
 
 
 def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor, valid: torch.Tensor,
@@ -32,10 +32,9 @@ def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Ten
         numbers = numbers[:, None].expand_as(columns)
         overlaps = iou(*pairs(some, anchor_boxes)) * valid[images]  # (G, A)
         before, best = best, best.scatter_reduce(0, columns, overlaps, "amax")
-        is_best = (overlaps == best[images]) & (overlaps > before[images])
         first = torch.full_like(matched, len(boxes)).scatter_reduce_(
-            0, columns, numbers.masked_fill(~is_best, len(boxes)), "amin")
-        matched = torch.where(first < len(boxes), first, matched)
+            0, columns, numbers.masked_fill(overlaps < best[images], len(boxes)), "amin")
+        matched = torch.where(best > before, first, matched)
         if low_quality:
             largest = overlaps.amax(dim=1, keepdim=True)
             attained = (overlaps == largest) & (largest > 0)

@@ -17,7 +17,8 @@ def encode(anchors: torch.Tensor, boxes: torch.Tensor, means: Sequence[float] = 
     anchors, boxes: (..., 4) xyxy with sides above 0, broadcast against each other. Returns (..., 4)."""
     sides, wanted = (part[..., 2:] - part[..., :2] for part in (anchors, boxes))
     deltas = torch.cat([(centres(boxes) - centres(anchors)) / sides, (wanted / sides).log()], dim=-1)
-    return (deltas - deltas.new_tensor(means)) / deltas.new_tensor(stds)
+    parts = zip(deltas.unbind(-1), means, stds, strict=True)
+    return torch.stack([(delta - mean) / std for delta, mean, std in parts], dim=-1)
 
 
 def decode(anchors: torch.Tensor, deltas: torch.Tensor, means: Sequence[float] = (0, 0, 0, 0),
@@ -25,7 +26,8 @@ def decode(anchors: torch.Tensor, deltas: torch.Tensor, means: Sequence[float] =
     """The boxes that deltas take anchors to, the inverse of `encode` where no |dw| or |dh| exceeds LIMIT.
 
     anchors: (..., 4) xyxy. deltas: (..., 4). Returns (..., 4) xyxy."""
-    shift, scaling = (deltas * deltas.new_tensor(stds) + deltas.new_tensor(means)).split(2, dim=-1)
+    parts = zip(deltas.unbind(-1), means, stds, strict=True)  # numbers, as a tensor of them would wait for the GPU
+    shift, scaling = torch.stack([delta * std + mean for delta, mean, std in parts], dim=-1).split(2, dim=-1)
     sides = anchors[..., 2:] - anchors[..., :2]
     centre, half = centres(anchors) + shift * sides, sides * scaling.clamp(-LIMIT, LIMIT).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)

@@ -35,7 +35,7 @@ def paa_losses(outputs: Outputs, targets: Targets, anchors: Anchors, weighted: b
     boxes, wanted = outputs.boxes_of(anchors, image, anchor), targets.boxes[image, anchor]
     overlaps = iou(boxes.detach(), wanted)  # (P,)
     weights = overlaps.clamp(min=EPS) if weighted else torch.ones_like(overlaps)
-    positives = mean_over_processes(overlaps.new_tensor(float(len(image))))
+    positives = mean_over_processes(overlaps.new_full((), len(image)))
     by_anchor = class_losses(outputs, targets.labels) * targets.valid
     losses = {"cls": by_anchor.sum() / positives.clamp(min=len(targets.labels)),
               "box": (weights * (1 - giou(boxes, wanted))).sum() / mean_over_processes(weights.sum()).clamp(min=EPS)}

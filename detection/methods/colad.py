@@ -59,8 +59,9 @@ def peer_of_checkpoint(num_classes: int, settings: CoLADSettings) -> Detector:
                         f"{source.num_classes} classes; expected paa and {num_classes}")
     peer = Detector(num_classes, source.architecture, settings.frozen)
     peer.load_state_dict(source.state_dict())
-    say(f"initialised: the peer, ResNet-{source.architecture.depth}, from {settings.init_peer}, {description['stage']} "
-        f"at epoch {description['epoch']}")
+    if not is_resumed(settings):
+        say(f"initialised: the peer, ResNet-{source.architecture.depth}, from {settings.init_peer}, "
+            f"{description['stage']} at epoch {description['epoch']}")
     return peer
 
 
