@@ -40,7 +40,7 @@ def build(num_classes, settings):
     """FCOS as torchvision builds it, on our ResNet, with our widths and our limits of detections."""
     frozen = settings.frozen and settings.init != "none"
     resnet = Backbone(settings.depth, frozen)
-    print(f"initialised: ResNet-{settings.depth} with {initialise(resnet, settings.depth, settings.init)}")
+    print(f"initialised: {resnet.name} with {initialise(resnet, settings.init)}")
     channels = settings.channels
     layers = {f"layer{number}": str(number) for number in (2, 3, 4)}
     body = BackboneWithFPN(resnet, layers, list(resnet.out_channels), channels, LastLevelP6P7(channels, channels))

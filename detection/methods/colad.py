@@ -26,9 +26,9 @@ NETWORKS = ("student", "peer")
 class CoLADSettings(paa.PAASettings):
     """The settings of two PAA detectors that learn together."""
 
-    peer_depth: int = setting(50, "of the peer's ResNet", choices=tuple(DEPTHS))
+    peer_depth: int = setting(50, "of the peer's backbone, a ResNet", choices=tuple(DEPTHS))
     peer_auxiliary: str = setting("iou", "--auxiliary of the peer", choices=AUXILIARIES)
-    peer_init: str = setting("", "what the peer's ResNet starts from (default: as --init)")
+    peer_init: str = setting("", "what the peer's backbone starts from (default: as --init)")
     init_peer: str = setting("", "checkpoint of a PAA detector of the same classes that the peer starts from; its "
                                  "depth, width and auxiliary predictions are in place of the settings")
 
@@ -46,8 +46,7 @@ def companions(num_classes: int, settings: CoLADSettings) -> dict[str, torch.nn.
     init = settings.peer_init or settings.init
     peer = Detector(num_classes, peer_architecture(settings), settings.frozen and init != "none")
     if not is_resumed(settings):
-        say(f"initialised: the peer's ResNet-{settings.peer_depth} with "
-            f"{initialise(peer.backbone, settings.peer_depth, init)}")
+        say(f"initialised: the peer's {peer.backbone.name} with {initialise(peer.backbone, init)}")
     return {"peer": peer}
 
 
@@ -60,8 +59,8 @@ def peer_of_checkpoint(num_classes: int, settings: CoLADSettings) -> Detector:
     peer = Detector(num_classes, source.architecture, settings.frozen)
     peer.load_state_dict(source.state_dict())
     if not is_resumed(settings):
-        say(f"initialised: the peer, ResNet-{source.architecture.depth}, from {settings.init_peer}, "
-            f"{description['stage']} at epoch {description['epoch']}")
+        say(f"initialised: the peer, {peer.backbone.name}, from {settings.init_peer}, {description['stage']} at epoch "
+            f"{description['epoch']}")
     return peer
 
 
