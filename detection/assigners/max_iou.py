@@ -2,7 +2,7 @@
 
 import torch
 
-from detection.geometry.boxes import iou, pairs
+from detection.geometry.boxes import EPS, iou, pairs
 
 BACKGROUND, IGNORED = -1, -2  # what an anchor is matched to that is assigned to no object
 PAIRS = 2**21  # overlaps held at once: 8 MB in fp32, and there are about ten such matrices
@@ -18,12 +18,11 @@ def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Ten
 
     An anchor takes the object of its image with which its IoU is largest, of equal ones the first, if that IoU is at
     least `positive`; it is background where it is below `negative`, and ignored between the two. With `low_quality`
-    each object also gets all the anchors whose IoU with it no other anchor exceeds, however small (but above 0); one
-    that is the best for several takes the last of them."""
+    each object also gets all the anchors whose IoU with it no other anchor exceeds, however small (but at least EPS);
+    one that is the best for several takes the last of them."""
     best = anchor_boxes.new_zeros(valid.shape)
-    nobody = torch.full(valid.shape, BACKGROUND, device=boxes.device)
-    matched, forced = nobody.clone(), nobody.clone()
-    objects = torch.arange(len(boxes), device=boxes.device)
+    matched, forced = (torch.full(valid.shape, BACKGROUND, dtype=torch.int32, device=boxes.device) for _ in range(2))
+    objects = torch.arange(len(boxes), dtype=torch.int32, device=boxes.device)
     rows = max(1, PAIRS // max(1, len(anchor_boxes)))
     for some, images, numbers in zip(*(part.split(rows) for part in (boxes, image_of, objects)), strict=True):
         if len(some) == 0:  # a batch without objects is one empty part
@@ -33,11 +32,10 @@ def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Ten
         overlaps = iou(*pairs(some, anchor_boxes)) * valid[images]  # (G, A)
         before, best = best, best.scatter_reduce(0, columns, overlaps, "amax")
         first = torch.full_like(matched, len(boxes)).scatter_reduce_(
-            0, columns, numbers.masked_fill(overlaps < best[images], len(boxes)), "amin")
+            0, columns, torch.where(overlaps < best[images], len(boxes), numbers), "amin")
         matched = torch.where(best > before, first, matched)
         if low_quality:
-            largest = overlaps.amax(dim=1, keepdim=True)
-            attained = (overlaps == largest) & (largest > 0)
-            forced.scatter_reduce_(0, columns, numbers.masked_fill(~attained, BACKGROUND), "amax")
+            largest = overlaps.amax(dim=1, keepdim=True).clamp(min=EPS)
+            forced.scatter_reduce_(0, columns, torch.where(overlaps < largest, BACKGROUND, numbers), "amax")
     matched = torch.where(best >= positive, matched, torch.where(best < negative, BACKGROUND, IGNORED))
-    return torch.where(forced > BACKGROUND, forced, matched).masked_fill(~valid, BACKGROUND)
+    return torch.where(forced > BACKGROUND, forced, matched).masked_fill(~valid, BACKGROUND).long()
