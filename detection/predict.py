@@ -38,6 +38,7 @@ from detection.data.transforms import pad_to_batch, resize_for_test
 from detection.exported import ExportedDetector
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.inference import LEAST_SCORE, MOST, OVERLAP, detect, detections, inference_network
+from detection.network.detector import suppression_of
 from detection.pictures import draw_boxes
 
 Finder = Callable[[torch.Tensor, tuple[float, float]], dict[str, torch.Tensor]]
@@ -54,6 +55,7 @@ def open_detector(weights: str | Path, device: str, precision: str, suppression:
             raise UserError(f"{weights}: an exported file runs on the CPU in fp32 here; for --device {device} "
                             f"--precision {precision} give the checkpoint")
         exported = ExportedDetector(weights)
+        suppression = suppression_of(exported.description["model"].get("head", "gfl"), suppression)
 
         def find_exported(image: torch.Tensor, scale: tuple[float, float]) -> dict[str, torch.Tensor]:
             outputs, anchors = exported(image[None])
@@ -182,11 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         check_output_file(args.json)
     find, description = open_detector(args.weights, args.device, args.precision, args.suppression)
+    suppression = suppression_of(description["model"].get("head", "gfl"), args.suppression)
     classes = description["classes"]
     files, rows = find_images(args.images), []
     pictures, preprocessing = picture_paths(files, args.output), dict(description["preprocessing"])
     preprocessing["value_range"] = range_to_predict_with(files, args.value_range, preprocessing.get("value_range"))
-    for file, image, found, reason in predict(find, files, preprocessing, args.suppression, args.tile, args.overlap):
+    for file, image, found, reason in predict(find, files, preprocessing, suppression, args.tile, args.overlap):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})

@@ -42,6 +42,12 @@ def paa_head(num_classes: int, architecture: Architecture) -> paa.PAAHead:
 
 # The heads that a checkpoint may name, as functions of C and the Architecture.
 HEADS = {"gfl": gfl_head, "paa": paa_head}
+SUPPRESSION_OF = {"gfl": "nms", "paa": "nms-voting"}  # with which the published results of a head were tested
+
+
+def suppression_of(head: str, name: str) -> str:
+    """The name of the suppression that `name` asks for: auto is that of the head's published results."""
+    return SUPPRESSION_OF[head] if name == "auto" else name
 
 
 class Detector(nn.Module):
@@ -65,5 +71,5 @@ class Detector(nn.Module):
         return make_anchors(sizes, device)
 
     def suppression(self, name: str) -> str:
-        """The name of the suppression that `name` asks for: auto is the one that the head's published results had."""
-        return self.head.suppression if name == "auto" else name
+        """The `suppression_of` this detector."""
+        return suppression_of(self.architecture.head, name)

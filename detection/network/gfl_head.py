@@ -40,8 +40,6 @@ class GFLHead(nn.Module):
     """Two towers, shared by all levels: one scores the classes, the other gives each side of the box a distribution of
     its distance (Li et al., NeurIPS 2020). With `quality` also GFocal V2's branch (Li et al., CVPR 2021)."""
 
-    suppression = "nms"
-
     def __init__(self, num_classes: int, channels: int, tower_convs: int, reg_max: int, quality: bool):
         super().__init__()
         self.reg_max = reg_max

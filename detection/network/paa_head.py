@@ -61,8 +61,6 @@ class PAAHead(nn.Module):
         iop  implicit objectness o and bias b: class scores relu(sigmoid(z) - b) * o
         cop  conditional objectness: class scores are the mean over the 3 x 3 neighbours j of sigmoid(z_j) * coef_j"""
 
-    suppression = "nms-voting"
-
     def __init__(self, num_classes: int, channels: int, tower_convs: int, auxiliary: str, cop_padding: str):
         super().__init__()
         self.outside = COP_PADDINGS[cop_padding]
