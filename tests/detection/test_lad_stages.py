@@ -20,8 +20,8 @@ from detection.settings import parse_settings
 from tests.support import QUICK_DETECTOR, error_line, log_of, run_detector, run_program, run_tool
 
 PEER = ("--peer-depth", "18", "--auxiliary", "iou+iop")
-FILES = {"settings.json", "log.jsonl", "last.pt", "final.pt", "results.json", "curves.png", "precision_recall.png",
-         "detections.png"}
+TESTED = {"final.pt", "results.json", "precision_recall.png", "detections.png", "detections.json"}
+FILES = {"settings.json", "log.jsonl", "last.pt", "curves.png", *TESTED}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,7 @@ def test_checkpoints_say_what_they_are_and_hold_no_teacher(runs):
 
 
 def test_both_networks_of_colad_are_tested_and_trained_further(runs):
-    assert set(os.listdir(runs / "colad" / "peer")) == {"final.pt", "results.json", "precision_recall.png",
-                                                        "detections.png"}
+    assert set(os.listdir(runs / "colad" / "peer")) == TESTED
     last = torch.load(runs / "colad" / "last.pt", weights_only=True)
     peer = weights_of(runs / "colad" / "peer")
     assert {name.removeprefix("peer.") for name in last["companions"]} == set(peer)
