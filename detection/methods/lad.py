@@ -12,10 +12,11 @@ from common.runtime import UserError
 from detection.assigners.paa import assign_by_paa
 from detection.assigners.targets import Targets
 from detection.distillers.lad import soft_label_losses
-from detection.distillers.teacher import load_teacher
+from detection.distillers.teacher import GRID, load_teacher
 from detection.losses.paa import BOX_WEIGHT, paa_losses
 from detection.methods import paa
 from detection.methods.ld import auto_or_number
+from detection.methods.ltd import CCDSettings, calibrated
 from detection.methods.method import Method, Step
 
 
@@ -33,8 +34,9 @@ DISTILLATIONS = {"lad": Distillation(True, False), "soft-label": Distillation(Fa
 
 
 @dataclass(frozen=True)
-class LADSettings(paa.PAASettings):
-    """The settings of a PAA detector that a frozen teacher teaches."""
+class LADSettings(paa.PAASettings, CCDSettings):
+    """The settings of a PAA detector that a frozen teacher teaches, and whose pyramid LTD's calibration network can
+    compare with the teacher's."""
 
     teacher: str = setting("runs/{data}/teacher_paa/final.pt", "checkpoint of the teacher")
     distill: str = setting("lad", "what the teacher gives: the assignment of the anchors (lad), its scores and boxes "
@@ -46,6 +48,7 @@ class LADSettings(paa.PAASettings):
     kd_min_iou: float | str = setting("auto", "IoU and box are imitated where the teacher's box has a larger IoU with "
                                               "an object; auto: the published one, 0.1 of soft-label, 0.5 of solad",
                                       type=auto_or_number)
+    ccd: bool = setting(False, "also LTD's cross-layer calibration distillation of the feature pyramid")
 
     def published(self, name: str) -> float:
         """A setting that may be auto, as a number."""
@@ -60,9 +63,10 @@ class LADSettings(paa.PAASettings):
 
 def teacher(settings: LADSettings, description: dict[str, Any], device: torch.device,
             precision: str) -> torch.nn.Module:
-    """The frozen teacher, a PAA detector of the same classes and anchors and of any size. Raises UserError for one that
-    cannot teach all outputs of the student."""
-    network = load_teacher(settings.teacher, description, device, precision)
+    """The frozen teacher, a PAA detector of the same classes and anchors and of any size, but for --ccd of the same
+    channels. Raises UserError for one that cannot teach all outputs of the student."""
+    shared = (*GRID, "channels") if settings.ccd else GRID
+    network = load_teacher(settings.teacher, description, device, precision, shared)
     if not DISTILLATIONS[settings.distill].assigns and "iou" in settings.auxiliary and network.head.iou is None:
         raise UserError(f"--teacher {settings.teacher}: has --auxiliary {network.architecture.auxiliary}, so that the "
                         f"IoU of --auxiliary {settings.auxiliary} has nothing to learn by soft-label; give the "
@@ -102,5 +106,5 @@ def notes(settings: LADSettings, num_classes: int, images_per_process: int) -> I
         yield from (f"--{name.replace('_', '-')} has no effect with --distill {settings.distill}" for name in changed)
 
 
-LAD = Method(name="lad", architecture=paa.architecture, assign=assign, assigns_by_outputs=True, losses=losses,
-             weights=weights, load_teacher=teacher, notes=notes)
+LAD = calibrated(Method(name="lad", architecture=paa.architecture, assign=assign, assigns_by_outputs=True,
+                        losses=losses, weights=weights, load_teacher=teacher, notes=notes))

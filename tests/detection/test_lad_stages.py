@@ -73,6 +73,14 @@ def test_a_run_leaves_its_files(runs):
         assert record["loss"] == pytest.approx(sum(record[term] for term in expected))
 
 
+def test_lad_with_ltds_calibration_of_the_pyramid(runs, flags, tmp_path):
+    run_detector(train_lad, *flags, "--teacher", runs / "paa" / "final.pt", "--ccd", "--output", tmp_path / "ccd")
+    (record,) = log_of(tmp_path / "ccd")
+    assert {"cls", "box", "iou", "ccd_fused", "ccd_pooled", "ccd_attention"} < set(record)
+    assert torch.load(tmp_path / "ccd" / "last.pt", weights_only=True)["companions"]
+    assert load_detector(tmp_path / "ccd" / "final.pt")[0].architecture == Architecture(18, 64, 1, head="paa")
+
+
 def test_checkpoints_say_what_they_are_and_hold_no_teacher(runs):
     for stage, auxiliary in (("paa", "iou"), ("lad", "iou+cop"), ("colad", "iou+iop"), ("colad/peer", "iou")):
         network, description = load_detector(runs / stage / "final.pt")
