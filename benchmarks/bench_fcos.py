@@ -47,7 +47,8 @@ def build(num_classes, settings):
     mean, std = ([value / 255 for value in values] for values in (MEAN, STD))
     head = FCOSHead(channels, 1, num_classes, settings.tower_convs)
     network = FCOS(body, num_classes, head=head, image_mean=mean, image_std=std, score_thresh=LEAST_SCORE,
-                   nms_thresh=OVERLAP, detections_per_img=MOST, topk_candidates=CANDIDATES, _skip_resize=True)
+                   nms_thresh=OVERLAP, detections_per_img=MOST, topk_candidates=CANDIDATES)
+    network.transform.resize = lambda image, target=None: (image, target)  # images come in the size of our detectors
     network.keeps_statistics = frozen
     return network
 
