@@ -1,8 +1,8 @@
 """DOTA's AP against cases by hand and a slow reference, submission files, and the script that evaluates them."""
 
 import json
-import shutil
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
