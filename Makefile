@@ -7,7 +7,7 @@ TEST_JOBS ?= 2
 export GLIBC_TUNABLES ?= \
   glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
-.PHONY: demo demo-detection demo-lad test clean
+.PHONY: demo demo-detection demo-lad demo-rotated test clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -53,10 +53,26 @@ demo-lad: .venv/installed
 	  runs/demo_lad/teacher/final.pt --output runs/demo_lad/assignment.png
 	@echo "positive anchors of the student alone and of its teacher: runs/demo_lad/assignment.png"
 
+ORIENTED = --train data/demo_oriented/train --test data/demo_oriented/test --resume --init none --channels 64 \
+  --tower-convs 1 --short 192 --long 192 --epochs 14 --lr-steps 11,14 --batch-size 2 --lr 0.03 --clip 5 \
+  --warmup-steps 60 --workers 0
+
+demo-rotated: .venv/installed
+	$(BIN)/python -m demo.draw_scenes data/demo_oriented --oriented --size 192
+	$(BIN)/python -m detection.train_rotated $(ORIENTED) --depth 34 --epochs 22 --lr-steps 18,21 \
+	  --output runs/demo_rotated/teacher
+	$(BIN)/python -m detection.train_rotated $(ORIENTED) --depth 18 --output runs/demo_rotated/alone
+	$(BIN)/python -m detection.train_rotated_ld $(ORIENTED) --depth 18 --output runs/demo_rotated/ld \
+	  --teacher runs/demo_rotated/teacher/final.pt
+	$(BIN)/python -m detection.compare teacher=runs/demo_rotated/teacher alone=runs/demo_rotated/alone \
+	  LD=runs/demo_rotated/ld
+	@echo "detections against ground truth: runs/demo_rotated/ld/detections.png"
+
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy common
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 clean:
-	rm -rf .venv data/demo data/demo_images data/demo_scenes runs/demo runs/demo_detection runs/demo_lad
+	rm -rf .venv data/demo data/demo_images data/demo_scenes data/demo_oriented runs/demo runs/demo_detection \
+	  runs/demo_lad runs/demo_rotated

@@ -79,13 +79,13 @@ def sgd(network):
     return torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True)
 
 
-def fcos_step(args, batch, device, precision):
-    """A function that does a training step of torchvision's FCOS."""
+def torchvision_step(args, batch, device, precision, detector=FCOS):
+    """A function that does a training step of a detector of torchvision."""
     resnet = get_model(f"resnet{args.depth}", weights=None)
     channels = resnet.fc.in_features
     body = _resnet_fpn_extractor(resnet, 3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(channels, 256))
     mean, std = ([value / 255 for value in values] for values in (MEAN, STD))
-    network = FCOS(body, CLASSES, min_size=args.height, max_size=args.width, image_mean=mean, image_std=std)
+    network = detector(body, CLASSES, min_size=args.height, max_size=args.width, image_mean=mean, image_std=std)
     network.to(device, memory_format=torch.channels_last).train()
     for module in network.backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -146,7 +146,7 @@ def measure_steps(args, device, precision):
                 .to(device, memory_format=torch.channels_last) for head in ("gfl", "paa")]
     given = args, batch, device, precision
     seconds = interleaved({
-        "FCOS, torchvision": fcos_step(*given),
+        "FCOS, torchvision": torchvision_step(*given),
         "GFL": our_step(*given, GFL, GFLSettings()),
         "GFL with LD": our_step(*given, LD, LDSettings(), teachers[0]),
         "GFL with LTD": our_step(*given, LTD, LTDSettings(), teachers[0]),

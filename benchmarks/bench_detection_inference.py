@@ -68,7 +68,8 @@ def parts(network, batches, device, precision, suppression):
 
     def boxes():
         for outputs, (_, sizes, scales) in zip(answers, batches, strict=True):
-            detections(outputs, network.anchors(outputs.sizes, device), sizes, scales, suppression)
+            detections(outputs, network.anchors(outputs.sizes, device), sizes, scales,
+                       network.architecture.kind.selection, suppression)
 
     answers = []
     for images, sizes, _ in batches:

@@ -25,9 +25,10 @@ from detection.data.annotations import fingerprint, for_training, read_annotatio
 from detection.data.batches import AspectRatioBatchSampler, DetectionDataset, loader, test_draws
 from detection.data.transforms import MEAN, STD
 from detection.engine import FLIP, learning_rate, train_value_range
-from detection.evaluation import average_precisions, read_test_annotations
-from detection.inference import CANDIDATES, LEAST_SCORE, MOST, OVERLAP
+from detection.evaluation import average_precisions, read_test_annotations, settings_of_test
+from detection.geometry.suppression import Selection
 from detection.network.backbone import Backbone, initialise
+from detection.network.detector import HEADS
 from detection.settings import Settings, check_ranges, data_name
 from detection.tables import results_table
 
@@ -46,8 +47,9 @@ def build(num_classes, settings):
     body = BackboneWithFPN(resnet, layers, list(resnet.out_channels), channels, LastLevelP6P7(channels, channels))
     mean, std = ([value / 255 for value in values] for values in (MEAN, STD))
     head = FCOSHead(channels, 1, num_classes, settings.tower_convs)
-    network = FCOS(body, num_classes, head=head, image_mean=mean, image_std=std, score_thresh=LEAST_SCORE,
-                   nms_thresh=OVERLAP, detections_per_img=MOST, topk_candidates=CANDIDATES)
+    limits = Selection()
+    network = FCOS(body, num_classes, head=head, image_mean=mean, image_std=std, score_thresh=limits.least_score,
+                   nms_thresh=limits.overlap, detections_per_img=limits.most, topk_candidates=limits.candidates)
     network.transform.resize = lambda image, target=None: (image, target)  # images come in the size of our detectors
     network.keeps_statistics = frozen
     return network
@@ -124,7 +126,7 @@ def parse():
     most_steps = args.pop("most_steps")
     settings = Settings(**args)
     output = settings.output.replace("{data}", data_name(settings.train)).replace("{stage}", "fcos")
-    settings = dataclasses.replace(settings, output=output)
+    settings = settings_of_test(dataclasses.replace(settings, output=output), HEADS["gfl"])
     check_ranges(settings)
     return settings, most_steps
 

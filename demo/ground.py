@@ -49,6 +49,7 @@ class Scene:
     foam: Image.Image  # mode L
     placed: list[tuple[Sprite, int, int]] = field(default_factory=list)  # (sprite, left, top)
     boxes: list[np.ndarray] = field(default_factory=list)  # (4,) float64 xyxy
+    corners: list[np.ndarray] = field(default_factory=list)  # (4, 2) float64, of the rectangles along the headings
     labels: list[int] = field(default_factory=list)
 
     @property

@@ -25,12 +25,14 @@ CORNERS = np.array([(-0.5, -1), (0.5, -1), (0.5, 1), (-0.5, 1)])
 
 @dataclass
 class Sprite:
-    """An object drawn in its own square patch: its colours (RGB), its silhouette (mode L, 255 inside) and the length of
-    its shadow in pixels of the patch."""
+    """An object drawn in its own square patch: its colours (RGB), its silhouette (mode L, 255 inside), the length of
+    its shadow in pixels of the patch, and the corners (4, 2) of the rectangle around it along its heading, in the same
+    pixels, clockwise from the left end of its back."""
 
     colours: Image.Image
     silhouette: Image.Image
     shadow: float
+    corners: np.ndarray
 
 
 def one_of(rng: np.random.Generator, paints: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -54,7 +56,9 @@ def make_sprite(rng: np.random.Generator, outlines: Sequence[np.ndarray],
         ImageDraw.Draw(silhouette).polygon(list(map(tuple, pen.pixels(outline))), fill=255)
     paint(pen, rng)
     colours = ImageOps.colorize(grey, (14, 16, 20), (250, 250, 246), colour, midpoint=int(deck))
-    return Sprite(colours, silhouette, shadow)
+    points = np.concatenate(outlines)
+    middle, sides = (points.max(axis=0) + points.min(axis=0)) / 2, np.ptp(points, axis=0)
+    return Sprite(colours, silhouette, shadow, pen.pixels(middle + CORNERS * sides * (1, 0.5)))
 
 
 def circle(corners: int = 48) -> np.ndarray:

@@ -88,6 +88,7 @@ def place(scene: Scene, sprite: Sprite, centre: ArrayLike, grounds: Sequence[int
         if (overlap(box, scene.boxes) > MOST_OVERLAP).any():
             return False
         scene.boxes.append(box)
+        scene.corners.append(sprite.corners + (left, top))
         scene.labels.append(label)
     scene.placed.append((sprite, left, top))
     around = sprite.silhouette.filter(ImageFilter.BoxBlur(scene.side / 200)).point(lambda level: 255 * (level > 0))
@@ -236,13 +237,15 @@ def lay_out_scene(rng: np.random.Generator, size: int) -> Scene:
             return scene
 
 
-def draw_scene(split: str, index: int, seed: int = 0, size: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_scene(split: str, index: int, seed: int = 0, size: int = 256) -> tuple[np.ndarray, ...]:
     """Draw one scene: its picture (size, size, 3) uint8, the boxes (G, 4) float64 xyxy in its pixels, tight around
-    hull, wings and fuselage, or tank, without shadow and wake, and their labels (G,) int64, indices of CLASSES.
+    hull, wings and fuselage, or tank, without shadow and wake, their labels (G,) int64, indices of CLASSES, and the
+    corners (G, 4, 2) float64 of the rectangles around the same along the objects' headings.
 
     split is "train" or "test". split, index and seed determine all random choices, so that a scene does not depend on
     the scenes drawn before it."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = lay_out_scene(rng, size)
     boxes = np.reshape(scene.boxes, (-1, 4)) / SUPERSAMPLING
-    return render(scene), boxes, np.array(scene.labels, np.int64)
+    corners = np.reshape(scene.corners, (-1, 4, 2)) / SUPERSAMPLING
+    return render(scene), boxes, np.array(scene.labels, np.int64), corners

@@ -11,7 +11,7 @@ from common.files import check_entries, is_metadata, load_checkpoint
 from common.images import ValueRange, is_value_range, value_range_entry
 from common.runtime import UserError
 from detection.data.transforms import MEAN, STD
-from detection.geometry.anchors import ANCHOR_SCALE, STRIDES
+from detection.geometry.anchors import SQUARE, STRIDES, AnchorGrid
 from detection.network.backbone import is_backbone
 from detection.network.detector import HEADS, Architecture, Detector
 from detection.network.paa_head import AUXILIARIES, COP_PADDINGS
@@ -19,14 +19,20 @@ from detection.network.paa_head import AUXILIARIES, COP_PADDINGS
 # The entries of a checkpoint's metadata and their kinds.
 DESCRIPTION = {"stage": str, "classes": list, "model": dict, "preprocessing": dict, "epoch": int}
 SIZES = ("backbone", "depth", "channels", "tower_convs")  # of backbone, pyramid and towers
-RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (4, 64)}
+RANGES = {"channels": (64, 4096), "tower_convs": (0, 16), "reg_max": (0, 64)}
+SQUARE_RATIOS = list(SQUARE.ratios)  # that older checkpoints do not state
 CHOICES = {"head": tuple(HEADS), "auxiliary": AUXILIARIES, "cop_padding": tuple(COP_PADDINGS)}
 
 
 def describe_model(architecture: Architecture) -> dict[str, Any]:
     """The Architecture as plain values, and the parameters of the anchors, which a teacher must share."""
-    return {**dataclasses.asdict(architecture), "strides": list(STRIDES), "anchor_scale": ANCHOR_SCALE,
-            "anchor_offset": 0}
+    return {**dataclasses.asdict(architecture), **describe_anchors(architecture.kind.grid)}
+
+
+def describe_anchors(grid: AnchorGrid) -> dict[str, Any]:
+    """The parameters of the anchors as plain values."""
+    return {"strides": list(STRIDES), "anchor_scale": grid.scales[0] if len(grid.scales) == 1 else list(grid.scales),
+            "anchor_ratios": list(grid.ratios), "anchor_offset": 0}
 
 
 def describe_preprocessing(short: int, long: int, value_range: ValueRange | None = None) -> dict[str, Any]:
@@ -37,7 +43,7 @@ def describe_preprocessing(short: int, long: int, value_range: ValueRange | None
 
 def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
     """The Detector of a checkpoint of this project, in eval mode on the CPU, and the checkpoint's description, with
-    every field of the Architecture.
+    all that describe_model states.
 
     Raises UserError for a file that is none, or whose weights are not those that its metadata describes."""
     content = load_checkpoint(path)
@@ -46,28 +52,27 @@ def load_detector(path: str | Path) -> tuple[Detector, dict[str, Any]]:
         raise UserError(f"{path}: not a detector of this project; expected final.pt or last.pt of a detection run (for "
                         "weights of mmdet see python -m detection.convert)")
     empty = empty_detector(path, description)
-    description = {**description, "model": {**description["model"], **dataclasses.asdict(empty.architecture)}}
     state = content.get("model")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no weights; expected a state dict under 'model'")
     check_entries(path, state, empty.state_dict(), f"a detector on {empty.backbone.name}")
     network = Detector(empty.num_classes, empty.architecture)
     network.load_state_dict(state)
-    return network.eval(), description
+    return network.eval(), {**description, "model": describe_model(network.architecture)}
 
 
 def empty_detector(path: str | Path, description: dict[str, Any]) -> Detector:
     """The Detector of a description, without storage for its weights: a small file may claim to be a huge network.
 
     Raises UserError, naming the file at `path`, for anchors or normalisation that are not those of this project."""
-    model = description["model"]
-    for part, name, expected in ((model, "strides", list(STRIDES)), (model, "anchor_scale", ANCHOR_SCALE),
-                                 (model, "anchor_offset", 0), (description["preprocessing"], "mean", list(MEAN)),
-                                 (description["preprocessing"], "std", list(STD))):
-        if part.get(name) != expected:
-            raise UserError(f"{path}: its {name} is {str(part.get(name))[:80]}; expected {expected}")
+    architecture = architecture_of(description["model"])
+    expected = {**describe_anchors(architecture.kind.grid), "mean": list(MEAN), "std": list(STD)}
+    found = {"anchor_ratios": SQUARE_RATIOS, **description["model"], **description["preprocessing"]}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise UserError(f"{path}: its {name} is {str(found.get(name))[:80]}; expected {value}")
     with torch.device("meta"):
-        return Detector(len(description["classes"]), architecture_of(model))
+        return Detector(len(description["classes"]), architecture)
 
 
 def architecture_of(model: dict[str, Any]) -> Architecture:
@@ -101,10 +106,10 @@ def is_description(value: Any) -> bool:
     """Whether `value` is the metadata of a detector's checkpoint, each entry of its kind and in its range."""
     if not is_metadata(value, DESCRIPTION):
         return False
-    model, preprocessing = value["model"], value["preprocessing"]
+    model, preprocessing = {"anchor_ratios": SQUARE_RATIOS, **value["model"]}, value["preprocessing"]
     in_range = all(type(model.get(name)) is int and low <= model[name] <= high for name, (low, high) in RANGES.items())
     pixels = [preprocessing.get(name) for name in ("short", "long")]
-    fixed = [model.get(name) for name in ("strides", "anchor_scale", "anchor_offset")]
+    fixed = [model.get(name) for name in ("strides", "anchor_scale", "anchor_ratios", "anchor_offset")]
     fixed += [preprocessing.get(name) for name in ("mean", "std")]
     numbers = [each for part in (*fixed, value["epoch"]) for each in (part if isinstance(part, list) else [part])]
     small = all(type(number) in (int, float) and -1e9 < number < 1e9 for number in numbers)
@@ -112,6 +117,7 @@ def is_description(value: Any) -> bool:
             and is_backbone(model.get("depth"), model.get("backbone", "resnet"), model.get("dcn", "none"))
             and type(model.get("quality")) is bool
             and all(model.get(name, choices[0]) in choices for name, choices in CHOICES.items())
+            and model["reg_max"] >= HEADS[model.get("head", "gfl")].least_reg_max
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)
             and is_value_range(preprocessing.get("value_range"))
             and 0 < len(value["classes"]) <= 10000)

@@ -1,6 +1,8 @@
-"""A GFL, GFocal V2, LD, PAA or LAD detector that mmdetection trained, as a checkpoint of this project.
+"""A GFL, GFocal V2, LD, PAA or LAD detector that mmdetection trained, or a rotated RetinaNet or Rotated-LD of mmrotate,
+as a checkpoint of this project.
 
     python -m detection.convert gfl_r50_fpn_1x_coco.pth runs/coco/gfl_r50.pt
+    python -m detection.convert rotated_retinanet_hbb_r50.pth runs/dota/r50.pt --short 1024 --long 1024
     python -m detection.convert latest.pth runs/mine/teacher.pt --classes names.txt --short 640 --long 1000
     python -m detection.convert colad.pth runs/coco/paa_r50.pt --teacher
 
@@ -26,7 +28,7 @@ from torchvision.models.resnet import Bottleneck
 from common.files import check_entries, is_stored_whole, list_lines, load_checkpoint, save_checkpoint, sha256_of
 from common.runtime import UserError, run_script
 from detection.checkpoint import RANGES, describe_model, describe_preprocessing, is_description
-from detection.geometry.anchors import STRIDES
+from detection.geometry.anchors import RETINA, STRIDES
 from detection.network.backbone import DCN, DEPTHS, backbone_name, is_backbone
 from detection.network.detector import Architecture, Detector
 
@@ -52,15 +54,16 @@ OUTPUTS = {
             (r"head\.objectness", r"bbox_head.objectness"),
             (r"head\.bias", r"bbox_head.obj_bias"),
             (r"head\.coefficients", r"bbox_head.coeff_conv")),
+    "rotated": ((r"head\.classify", r"bbox_head.retina_cls"),
+                (r"head\.regress", r"bbox_head.retina_reg")),
 }
 SCALES, SCALE = "head.scales", "bbox_head.scales.{}.scale"
 TEACHER = r"teacher(_model\.|_|\.)"  # how the names of a teacher begin that is in the same file
 # What is computed and not learned, and the classifier of ImageNet.
-LEFT_OUT = ("bbox_head.integral.project", "backbone.fc.")
-CLASSIFY_BIAS = "bbox_head.gfl_cls.bias"
-CLASSIFY, REGRESS, QUALITY = (f"bbox_head.{name}.weight" for name in ("gfl_cls", "gfl_reg", "reg_conf.0"))
-CLASSIFY_PAA, REGRESS_PAA, IOU, BIAS, COEFFICIENTS = (
-    f"bbox_head.{name}.weight" for name in ("atss_cls", "atss_reg", "atss_centerness", "obj_bias", "coeff_conv"))
+LEFT_OUT = ("bbox_head.integral", "backbone.fc.")
+CLASSIFY, CLASSIFY_BIAS = "bbox_head.gfl_cls.weight", "bbox_head.gfl_cls.bias"
+QUALITY, IOU, BIAS, COEFFICIENTS = (
+    f"bbox_head.{name}.weight" for name in ("reg_conf.0", "atss_centerness", "obj_bias", "coeff_conv"))
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
@@ -74,13 +77,13 @@ def mmdet_name(name: str, head: str = "gfl") -> str:
 
 def to_mmdet(state: Mapping[str, torch.Tensor], head: str = "gfl") -> dict[str, torch.Tensor]:
     """The state dict of a Detector with that head in mmdetection's names."""
-    scales = {SCALE.format(level): scale for level, scale in enumerate(state[SCALES])}
+    scales = {SCALE.format(level): scale for level, scale in enumerate(state.get(SCALES, ()))}
     return {mmdet_name(name, head): value for name, value in state.items() if name != SCALES} | scales
 
 
 def from_mmdet(state: Mapping[str, torch.Tensor], names: Iterable[str], head: str = "gfl") -> dict[str, torch.Tensor]:
     """The inverse of `to_mmdet`. names: of the entries of the Detector."""
-    scales = [state[SCALE.format(level)] for level in range(len(STRIDES))]
+    scales = [state[name] for name in map(SCALE.format, range(len(STRIDES))) if name in state]
     return {name: torch.stack(scales) if name == SCALES else state[mmdet_name(name, head)] for name in names}
 
 
@@ -126,21 +129,31 @@ def named_classes(meta: Any) -> list[Any] | None:
 def read_architecture(state: Mapping[str, torch.Tensor], path: str | Path) -> tuple[Architecture, int]:
     """(Architecture, number of classes) that a state dict of mmdetection has by its names and shapes.
 
-    Raises UserError if it is no GFL or PAA detector, or on another backbone than ours."""
-    is_paa = CLASSIFY_PAA in state
-    for name in (CLASSIFY_PAA, REGRESS_PAA) if is_paa else (CLASSIFY, REGRESS):
+    Raises UserError if it is none of the detectors here, or on another backbone than ours."""
+    head = next((head for head, names in OUTPUTS.items() if f"{names[0][1]}.weight" in state), "gfl")
+    classify, regress = (f"{name}.weight" for _, name in OUTPUTS[head][:2])
+    for name in (classify, regress):
         if name not in state or state[name].ndim != 4:
-            raise UserError(f"{path}: lacks {name}; expected a GFL, GFocal V2, LD, PAA or LAD detector of mmdetection")
-    num_classes, channels = state[CLASSIFY_PAA if is_paa else CLASSIFY].shape[:2]
-    if is_paa:
+            raise UserError(f"{path}: lacks {name}; expected a GFL, GFocal V2, LD, PAA or LAD detector of mmdetection, "
+                            "or a rotated RetinaNet or Rotated-LD of mmrotate")
+    (num_classes, channels), values = state[classify].shape[:2], len(state[regress])
+    if head == "paa":
         parts = {"iou": IOU in state, "iop": BIAS in state, "cop": COEFFICIENTS in state}
         auxiliary = "+".join(name for name, present in parts.items() if present)
-        head = {"head": "paa", "auxiliary": auxiliary, "cop_padding": "logit0" if parts["cop"] else "prob0"}
+        fields = {"auxiliary": auxiliary, "cop_padding": "logit0" if parts["cop"] else "prob0"}
+    elif head == "rotated":
+        anchors = len(RETINA.shapes)
+        if num_classes % anchors or values % (5 * anchors):
+            raise UserError(f"{path}: its head has {num_classes} scores and {values} values of boxes a location; "
+                            f"expected multiples of {anchors} and {5 * anchors}, as {anchors} anchors with oriented "
+                            "boxes have")
+        num_classes //= anchors
+        fields = {"reg_max": values // (5 * anchors) - 1}
     else:
-        head = {"reg_max": len(state[REGRESS]) // 4 - 1, "quality": QUALITY in state}
+        fields = {"reg_max": values // 4 - 1, "quality": QUALITY in state}
         num_classes -= QUALITY in state  # see without_background
-    return Architecture(channels=channels, tower_convs=count(state, "bbox_head.cls_convs.{}.conv.weight"), **head,
-                        **read_backbone(state, path)), num_classes
+    return Architecture(channels=channels, tower_convs=count(state, "bbox_head.cls_convs.{}.conv.weight"), head=head,
+                        **fields, **read_backbone(state, path)), num_classes
 
 
 def read_backbone(state: Mapping[str, torch.Tensor], path: str | Path) -> dict[str, Any]:
@@ -243,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_checkpoint(args.output, checkpoint)
     description = checkpoint["description"]
     model = description["model"]
-    head = {"gfl": "GFL", "paa": f"PAA ({model['auxiliary']})"}[model["head"]]
+    head = {"gfl": "GFL", "paa": f"PAA ({model['auxiliary']})", "rotated": "rotated RetinaNet"}[model["head"]]
     head += " with quality (GFocal V2)" * model["quality"]
     print(f"{args.output}: {head} on {backbone_name(model['depth'], model['backbone'], model['dcn'])}, "
           f"{len(description['classes'])} classes, {len(checkpoint['model'])} entries")

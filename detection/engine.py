@@ -49,7 +49,7 @@ from detection.data.annotations import check_apart, fingerprint, for_training, r
 from detection.data.batches import AspectRatioBatchSampler, Batch, DetectionDataset, loader
 from detection.data.records import Annotations
 from detection.data.transforms import normalise
-from detection.evaluation import ap_of_run, read_test_annotations, test, test_only
+from detection.evaluation import ap_of_run, read_test_annotations, settings_of_test, test, test_only
 from detection.geometry.anchors import pyramid_sizes
 from detection.methods.method import Method, Step
 from detection.network.backbone import initialise
@@ -132,9 +132,12 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
     the others would have scored on the test images."""
     folder = Path(settings.output)
     check_common_settings(settings)
+    kind = method.architecture(settings).kind
+    settings = settings_of_test(settings, kind)
     if not settings.starts_frozen:  # else batch norm keeps its statistics
         check_batch_norm_has_pixels(settings, settings.long)
-    train_annotations = for_training(read_annotations(settings.train, settings.images or None))
+    train_annotations = for_training(read_annotations(settings.train, settings.images or None,
+                                                      oriented=kind.oriented))
     if not any(len(record.labels) for record in train_annotations.records):
         raise UserError(f"{settings.train}: no object that can be trained on; python -m detection.check_data says more")
     test_annotations = read_test_annotations(settings, train_annotations.classes)

@@ -1,5 +1,6 @@
 """The test of a detector: detections of the test images, their average precision, the cost of an image, pictures."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,15 @@ from detection import pictures
 from detection.checkpoint import load_detector
 from detection.data.annotations import fingerprint, read_annotations
 from detection.data.batches import DetectionDataset, check_sizes, loader, read_image, test_draws
+from detection.data.dota_windows import NAME, merge_windows
 from detection.data.records import Annotations
+from detection.data.submissions import write_submission
+from detection.geometry.oriented import from_horizontal
 from detection.inference import detect, inference_network
 from detection.metrics.coco_ap import coco_ap, coco_results
 from detection.metrics.dota_ap import dota_ap
 from detection.metrics.voc_ap import voc_ap
-from detection.network.detector import Detector
+from detection.network.detector import Detector, HeadKind
 from detection.settings import Settings, data_name
 from detection.tables import results_table, with_suppression
 
@@ -64,6 +68,16 @@ def average_precisions(detections: Sequence[dict[str, torch.Tensor]], annotation
     if metric == "dota":
         return dota_ap(detections, annotations)
     return voc_ap(detections, annotations, "11-point" if metric == "voc07" else "area")
+
+
+def settings_of_test(settings: Settings, kind: HeadKind) -> Settings:
+    """The settings as they are for a detector with such a head: a metric in place of `auto`. Raises UserError for a
+    metric or suppression that is not for its boxes."""
+    metric = settings.metric if settings.metric != "auto" else "dota" if kind.oriented else "coco"
+    if kind.oriented and metric != "dota":
+        raise UserError(f"--metric {metric}: is of horizontal boxes, and this detector's are oriented; expected dota")
+    kind.selection.named(settings.suppression)
+    return dataclasses.replace(settings, metric=metric)
 
 
 def ap_of_run(run: Any) -> dict[str, float | None]:
@@ -109,11 +123,12 @@ def cost(network: Detector, preprocessing: dict[str, Any], device: torch.device,
 
 
 def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[str, Any] | None:
-    """Test a checkpoint: print the table, and write results.json, precision_recall.png, detections.png and, of a COCO
-    file, detections.json (COCO's results format) into `settings.output`. Returns the results on the first process, None
-    on the others."""
+    """Test a checkpoint: print the table, and write results.json, precision_recall.png, detections.png, of a COCO file
+    detections.json (COCO's results format), and by DOTA's metric submission.zip into `settings.output`. Returns the
+    results on the first process, None on the others."""
     folder = Path(settings.output)
     network, description = load_detector(weights)
+    settings = settings_of_test(settings, network.architecture.kind)
     annotations = read_test_annotations(settings, description["classes"])
     precision = precision_of_test(settings.precision, device)
     say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
@@ -137,17 +152,29 @@ def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[
     print(f"{results['parameters'] / 1e6:.2f} M parameters, {results['flops'] / 1e9:.1f} GFLOP and "
           f"{results['ms_per_image']} ms an image of {'x'.join(map(str, results['cost_image_size']))} ({precision}, "
           f"{results['device']})", flush=True)
-    if annotations.category_ids and settings.metric != "dota":  # whose boxes are oriented
+    if settings.metric == "dota":
+        write_submission(folder / "submission.zip", by_image(annotations, found), annotations.classes)
+    elif annotations.category_ids:
         write_json(folder / "detections.json", coco_results(found, annotations), indent=None)
     write_json(folder / "results.json", results)  # after the detections: it says that the run is finished
     with optional_picture(folder / "precision_recall.png") as path:
         pictures.draw_precision_recall(curves, path)
     with optional_picture(folder / "detections.png") as path:
         draw_sheet(annotations, found, path, preprocessing.get("value_range"))
-    others = ("precision_recall.png", "detections.png", "detections.json")
+    others = ("precision_recall.png", "detections.png", "detections.json", "submission.zip")
     written = [name for name in others if (folder / name).is_file()]
     print(f"written: {', '.join([str(folder / 'results.json'), *written])}", flush=True)
     return results
+
+
+def by_image(annotations: Annotations, found: Sequence[dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """{name of an image: its detections as oriented boxes}; those in windows of detection.split_dota put together."""
+    names = [record.path.stem for record in annotations.records]
+    found = [{**each, "boxes": each["boxes"] if each["boxes"].shape[1] == 5 else from_horizontal(each["boxes"])}
+             for each in found]
+    if all(NAME.fullmatch(name) for name in names):
+        return merge_windows(names, found)
+    return dict(zip(names, found, strict=True))
 
 
 def draw_sheet(annotations: Annotations, found: Sequence[dict[str, torch.Tensor]], path: Path,
@@ -173,7 +200,8 @@ def test_only(settings: Settings, device: torch.device) -> None:
     check_test_output(settings, weights)
     earlier = folder / "results.json"
     if earlier.exists():
-        tested = with_suppression(read_json(earlier))
+        tested, (network, _) = with_suppression(read_json(earlier)), load_detector(weights)
+        settings = settings_of_test(settings, network.architecture.kind)
         identity = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
         if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in identity.items()):
             raise UserError(f"{earlier}: is of other weights than {weights}, or of other images, metric or "

@@ -5,9 +5,10 @@
 
 Writes NAME.onnx, one file that holds weights, class names and preprocessing. Its input is `images`, colours as bytes
 (batch, 3, height, width): any number of images of one size, resized as in the detector's tests; it pads and normalises
-them itself. Its outputs are `boxes` (batch, anchors, 4), x1, y1, x2, y2 in pixels of the input, and `scores` (batch,
-anchors, classes), 0 to 1, of every anchor: what overlaps is thinned out by whoever runs the file. Batch, height and
-width are free, and the number of anchors follows from them.
+them itself. Its outputs are `boxes` (batch, anchors, 4), x1, y1, x2, y2 in pixels of the input, or of a detector of
+oriented boxes (batch, anchors, 5), cx, cy, w, h, theta, and `scores` (batch, anchors, classes), 0 to 1, of every
+anchor: what overlaps is thinned out by whoever runs the file. Batch, height and width are free, and the number of
+anchors follows from them.
 
 The file is kept only if it agrees with the detector on your images. It needs the packages of
 requirements-export.txt."""
@@ -121,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = to_onnx(network, json.dumps({
         **without_paths(description), "weights_sha256": sha256_of(args.weights),
         "input": "images: uint8 (batch, 3, height, width), R, G, B; padding, mean and std are applied inside",
-        "output": "boxes: float32 (batch, anchors, 4), x1 y1 x2 y2 in pixels of the input, before suppression; scores: "
+        "output": "boxes: float32 (batch, anchors, 4), x1 y1 x2 y2 in pixels of the input, or (batch, anchors, 5), cx "
+                  "cy w h theta, of oriented boxes, before suppression; scores: "
                   "float32 (batch, anchors, classes)"}))
     path = Path(args.output or Path(args.weights).parent) / f"{Path(args.weights).stem}.onnx"
     with atomic_path(path) as temporary:

@@ -32,13 +32,13 @@ from common.images import decode, find_images, low_and_high, range_to_predict_wi
 from common.precision import resolve_precision
 from common.runtime import UserError, resolve_device, run_script
 from common.text import counted
-from detection.checkpoint import load_detector
+from detection.checkpoint import architecture_of, load_detector
 from detection.data.tiles import is_left_to_others, windows
 from detection.data.transforms import pad_to_batch, resize_for_test
 from detection.exported import ExportedDetector
-from detection.geometry.suppression import SUPPRESSIONS
-from detection.inference import LEAST_SCORE, MOST, OVERLAP, detect, detections, inference_network
-from detection.network.detector import suppression_of
+from detection.geometry.oriented import circumscribed, corners
+from detection.geometry.suppression import SUPPRESSIONS, Selection
+from detection.inference import detect, detections, inference_network
 from detection.pictures import draw_boxes
 
 Finder = Callable[[torch.Tensor, tuple[float, float]], dict[str, torch.Tensor]]
@@ -55,11 +55,11 @@ def open_detector(weights: str | Path, device: str, precision: str, suppression:
             raise UserError(f"{weights}: an exported file runs on the CPU in fp32 here; for --device {device} "
                             f"--precision {precision} give the checkpoint")
         exported = ExportedDetector(weights)
-        suppression = suppression_of(exported.description["model"].get("head", "gfl"), suppression)
 
         def find_exported(image: torch.Tensor, scale: tuple[float, float]) -> dict[str, torch.Tensor]:
             outputs, anchors = exported(image[None])
-            return detections(outputs, anchors, [image.shape[1:]], [scale], suppression)[0]
+            return detections(outputs, anchors, [image.shape[1:]], [scale], selection_of(exported.description),
+                              suppression)[0]
 
         return find_exported, exported.description
     on = resolve_device(device)
@@ -74,8 +74,13 @@ def open_detector(weights: str | Path, device: str, precision: str, suppression:
     return find, description
 
 
-def predict(find: Finder, files: Iterable[Path], preprocessing: dict[str, Any], suppression: str, tile: int,
-            overlap: int) -> Iterator[tuple[Path, Any, Any, str | None]]:
+def selection_of(description: dict[str, Any]) -> Selection:
+    """The Selection of the detector of a description."""
+    return architecture_of(description["model"]).kind.selection
+
+
+def predict(find: Finder, files: Iterable[Path], preprocessing: dict[str, Any], selection: Selection, suppression: str,
+            tile: int, overlap: int) -> Iterator[tuple[Path, Any, Any, str | None]]:
     """Yield (file, image, detections, None) for each file in order, or (file, None, None, the reason) for one that
     cannot be read.
 
@@ -89,23 +94,26 @@ def predict(find: Finder, files: Iterable[Path], preprocessing: dict[str, Any], 
         if image.mode != "RGB":
             image = image.convert("RGB")
         tiles = windows(image.height, image.width, tile, overlap) if tile else [(0, 0, *image.size)]
-        yield file, image, find_in_tiles(find, image, preprocessing, suppression, tiles), None
+        yield file, image, find_in_tiles(find, image, preprocessing, selection, suppression, tiles), None
         del image  # before the next is decoded
 
 
-def find_in_tiles(find: Finder, image: Image.Image, preprocessing: dict[str, Any], suppression: str,
-                  tiles: Sequence[tuple[int, int, int, int]]) -> dict[str, torch.Tensor]:
-    """The detections of an image by its `tiles`, at most MOST for each of them, as `detect` gives them."""
+def find_in_tiles(find: Finder, image: Image.Image, preprocessing: dict[str, Any], selection: Selection,
+                  suppression: str, tiles: Sequence[tuple[int, int, int, int]]) -> dict[str, torch.Tensor]:
+    """The detections of an image by its `tiles`, at most `selection.most` for each of them, as `detect` gives them."""
     parts = []
     for number, window in enumerate(tiles):
         found = find(*resize_for_test(tvF.to_image(image.crop(window)), preprocessing))
-        found["boxes"] = found["boxes"] + torch.tensor(window[:2] * 2)
-        others = is_left_to_others(found["boxes"], number, tiles)
+        oriented = found["boxes"].shape[1] == 5
+        found["boxes"] = found["boxes"] + torch.tensor((*window[:2], 0, 0, 0) if oriented else window[:2] * 2)
+        around = circumscribed(found["boxes"]) if oriented else found["boxes"]
+        others = is_left_to_others(around, number, tiles)
         parts.append({name: values[~others] for name, values in found.items()})
     if len(parts) == 1:
         return parts[0]
     found = {name: torch.cat([part[name] for part in parts]) for name in ("boxes", "scores", "labels")}
-    thinned = SUPPRESSIONS[suppression](**found, threshold=OVERLAP, limit=MOST * len(tiles))
+    suppress = selection.suppressions[selection.named(suppression)]
+    thinned = suppress(**found, threshold=selection.overlap, limit=selection.most * len(tiles))
     return dict(zip(found, thinned, strict=True))
 
 
@@ -144,9 +152,13 @@ def summary(labels: Sequence[int], classes: Sequence[str]) -> str:
 
 def as_rows(detections: dict[str, torch.Tensor], classes: Sequence[str]) -> list[dict[str, Any]]:
     """Detections of an image as plain values, the highest-scoring first."""
-    columns = (detections[name].tolist() for name in ("labels", "scores", "boxes"))
-    return [{"id": label, "class": classes[label], "score": round(score, 6), "box": [round(side, 3) for side in box]}
+    columns = [detections[name].tolist() for name in ("labels", "scores", "boxes")]
+    rows = [{"id": label, "class": classes[label], "score": round(score, 6), "box": [round(side, 3) for side in box]}
             for label, score, box in zip(*columns, strict=True)]
+    if detections["boxes"].shape[1] == 5:
+        for row, points in zip(rows, corners(detections["boxes"]).tolist(), strict=True):
+            row["corners"] = [[round(place, 3) for place in point] for point in points]
+    return rows
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -156,8 +168,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", required=True, help="checkpoint of a detector, or an .onnx file that detection.export made of it")
     add("--output", metavar="FOLDER", default="runs/detections", help="where to write the pictures (default: "
         "runs/detections)")
-    add("--json", metavar="FILE", help=f"also write every detection with a score above {LEAST_SCORE}, at most {MOST} "
-        "an image or tile: class, score and box (x1, y1, x2, y2, in pixels)")
+    add("--json", metavar="FILE", help="also write every detection as in the detector's tests (score above 0.05): "
+        "class, score and box, x1, y1, x2, y2 in pixels; oriented ones cx, cy, w, h in pixels, the angle in radians, "
+        "and the corners")
     add("--least-score", type=float, default=0.3, help="of what is counted and drawn, 0 to 1 (default: 0.3)")
     add("--tile", type=int, default=0, metavar="PIXELS", help="cut images into tiles of this side")
     add("--overlap", type=int, default=200, metavar="PIXELS", help="that neighbouring tiles share, more than most "
@@ -184,12 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         check_output_file(args.json)
     find, description = open_detector(args.weights, args.device, args.precision, args.suppression)
-    suppression = suppression_of(description["model"].get("head", "gfl"), args.suppression)
     classes = description["classes"]
     files, rows = find_images(args.images), []
     pictures, preprocessing = picture_paths(files, args.output), dict(description["preprocessing"])
     preprocessing["value_range"] = range_to_predict_with(files, args.value_range, preprocessing.get("value_range"))
-    for file, image, found, reason in predict(find, files, preprocessing, suppression, args.tile, args.overlap):
+    for file, image, found, reason in predict(find, files, preprocessing, selection_of(description), args.suppression,
+                                              args.tile, args.overlap):
         if reason:
             print(f"{file}: {reason}", file=sys.stderr)
             rows.append({"path": str(file), "error": reason})

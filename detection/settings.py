@@ -33,7 +33,7 @@ RECIPES = {
     "nwpu": {"epochs": 50, "lr_steps": (41,), "batch_size": 8, "lr": 0.002, "short": (600, 600), "long": 1000,
              "clip": 35.0, "metric": "voc"},
 }
-METRICS = ("coco", "voc07", "voc", "dota")
+METRICS = ("auto", "coco", "voc07", "voc", "dota")
 
 
 @expects("a side in pixels, or two joined by a comma, such as 480,800")
@@ -90,8 +90,8 @@ class Settings:
                                  type=low_and_high)
     suppression: str = setting("auto", "how a test thins out overlapping boxes; auto: as published for the detector, "
                                        "PAA with nms-voting, others with nms", choices=("auto", *SUPPRESSIONS))
-    metric: str = setting("coco", "AP of COCO; of VOC 2007 (11 points); of VOC since 2010 (area under the curve); "
-                                  "or of DOTA, of oriented boxes (11 points)",
+    metric: str = setting("auto", "AP of COCO; of VOC 2007 (11 points); of VOC since 2010 (area under the curve); of "
+                                  "DOTA, of oriented boxes (11 points); auto: dota for oriented boxes, else coco",
                           choices=METRICS)
     test_every: int = setting(0, "also test after every so many epochs, for the curves; it chooses nothing")
     seed: int = setting(0, "seed of everything random")

@@ -9,7 +9,7 @@ from detection.geometry.boxes import centres, distances, iou
 
 TOPK = 9  # candidates of an object on each level
 INSIDE = 0.01  # pixels by which the centre of a positive anchor is inside its object, at least
-CHUNK = 512  # objects compared with all anchors at once: a (512, 22400) matrix of distances is 46 MB
+PAIRS = 2**23  # distances held at once: 34 MB
 
 
 def assign_by_atss(anchors: Anchors, truth: GroundTruth) -> Targets:
@@ -33,13 +33,7 @@ def atss(anchors: Anchors, boxes: torch.Tensor, image_of: torch.Tensor,
     matched = torch.full(valid.shape, len(boxes), device=boxes.device)
     if len(boxes) == 0:
         return matched - 1, boxes.new_zeros(0)
-    found = [nearest(anchors, *part, valid) for part in zip(boxes.split(CHUNK), image_of.split(CHUNK), strict=True)]
-    candidates, taken = (torch.cat(parts) for parts in zip(*found, strict=True))  # (T, K) each
-    overlaps = iou(anchors.boxes[candidates], boxes[:, None]) * taken  # (T, K)
-    count = taken.sum(dim=1)
-    mean = overlaps.sum(dim=1) / count.clamp(min=1)
-    squares = ((overlaps - mean[:, None]).square() * taken).sum(dim=1)
-    thresholds = mean + (squares / (count - 1).clamp(min=1)).sqrt()
+    candidates, taken, overlaps, thresholds = atss_candidates(anchors, boxes, image_of, valid)
     inside = distances(anchors.centres[candidates], boxes[:, None]).amin(dim=-1) > INSIDE
     positive = taken & inside & (overlaps >= thresholds[:, None])
     # The anchors of all images in one row; what is not positive goes to a place after its end.
@@ -51,6 +45,20 @@ def atss(anchors: Anchors, boxes: torch.Tensor, image_of: torch.Tensor,
     matched = torch.cat([matched.flatten(), matched.new_zeros(1)])
     matched = matched.scatter_reduce_(0, places, objects.flatten(), "amin")[:-1].view(valid.shape)
     return matched.masked_fill(matched == len(boxes), -1), thresholds
+
+
+def atss_candidates(anchors: Anchors, boxes: torch.Tensor, image_of: torch.Tensor,
+                    valid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The candidates of the objects, (T, K) int64 and bool, see `nearest`; their IoUs (T, K); and the thresholds (T,),
+    mean + standard deviation of these. Arguments as of `atss`."""
+    rows = max(1, PAIRS // len(anchors.boxes))
+    found = [nearest(anchors, *part, valid) for part in zip(boxes.split(rows), image_of.split(rows), strict=True)]
+    candidates, taken = (torch.cat(parts) for parts in zip(*found, strict=True))  # (T, K) each
+    overlaps = iou(anchors.boxes[candidates], boxes[:, None]) * taken  # (T, K)
+    count = taken.sum(dim=1)
+    mean = overlaps.sum(dim=1) / count.clamp(min=1)
+    squares = ((overlaps - mean[:, None]).square() * taken).sum(dim=1)
+    return candidates, taken, overlaps, mean + (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def nearest(anchors: Anchors, boxes: torch.Tensor, image_of: torch.Tensor,

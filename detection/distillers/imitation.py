@@ -30,9 +30,12 @@ def imitation_loss(method: str, student: Outputs, teacher: Outputs, targets: Tar
     on_level = anchors.levels.new_zeros(len(anchors.sizes))
     on_level.index_add_(0, anchors.levels, targets.positive.sum(dim=0))
     possible = targets.valid & (on_level > 0)[anchors.levels]  # (N, A)
-    shares = shares_of_level_means(region & possible, anchors)
+    # A location is selected where any of its K anchors is.
+    region, possible = (mask.unflatten(1, (-1, anchors.per_location)).any(dim=2) for mask in (region, possible))
+    locations = anchors.locations
+    shares = shares_of_level_means(region & possible, locations)  # (N, L)
     if method == "decouple":
-        shares = shares + BACKGROUND_WEIGHT * shares_of_level_means(~region & possible, anchors)
+        shares = shares + BACKGROUND_WEIGHT * shares_of_level_means(~region & possible, locations)
     return feature_error(student.features, teacher.features, shares)
 
 
@@ -55,10 +58,10 @@ def imitation_region(method: str, student: Outputs, teacher: Outputs, targets: T
 
 def feature_error(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor],
                   shares: torch.Tensor) -> torch.Tensor:
-    """sum_a share_a times the mean squared difference of the channels at location a, a scalar.
+    """sum_i share_i times the mean squared difference of the channels at location i, a scalar.
 
-    student, teacher: [(N, channels, H_l, W_l)]. shares: (N, A). Only the locations with a share are compared, which are
-    few of many."""
+    student, teacher: [(N, channels, H_l, W_l)]. shares: (N, L), L the locations of all levels. Only the locations with
+    a share are compared, which are few of many."""
     total, start = 0, 0
     for ours, theirs in zip(student, teacher, strict=True):
         count = ours.shape[2] * ours.shape[3]

@@ -8,7 +8,7 @@ import torch
 from detection.geometry.boxes import centre_distance, centres, distances, iof, iou, pairs
 
 VLR_METRICS = ("diou", "iof_parity")
-CHUNK = 128  # objects compared with all anchors at a time: a (1000, 22400) matrix is 90 MB, and there are many of them
+PAIRS = 3 * 2**20  # overlaps held at once: 13 MB, and there are about ten such matrices
 GENERAL_INSTANCES = 10  # on each level of each image
 GENERAL_INSTANCE_OVERLAP = 0.3  # IoU above which a better instance suppresses another
 
@@ -30,7 +30,7 @@ def valuable_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: t
     if metric not in VLR_METRICS:
         raise ValueError(f"metric {metric!r}: expected one of {', '.join(VLR_METRICS)}")
     weights = anchor_boxes.new_zeros(valid.shape)
-    for some, images, limits in in_chunks(boxes, image_of, thresholds[:, None]):
+    for some, images, limits in in_chunks(len(anchor_boxes), boxes, image_of, thresholds[:, None]):
         objects, anchors = pairs(some, anchor_boxes)
         overlap = iou(anchors, objects)  # (G, A)
         share = overlap if metric == "diou" else iof(anchors, objects)
@@ -42,9 +42,24 @@ def valuable_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: t
     return weights * valid
 
 
-def in_chunks(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """The same few rows of each tensor, (T, ...) -> (G, ...), one after the other; nothing for none."""
-    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True) if len(tensors[0]) else ()
+def merged_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor, thresholds: torch.Tensor,
+                  valid: torch.Tensor, gamma: float = 0.25) -> torch.Tensor:
+    """Main and valuable region in one, as the weights r_a of the anchors of each image, (N, A) in 0..1 and 0 outside
+    (Rotated-LD: Zheng et al., arXiv:2204.05957). An anchor is in the region of object g where gamma * t_g <= IoU(a, g),
+    and r_a is its largest IoU with these. Arguments as of `valuable_region`."""
+    weights = anchor_boxes.new_zeros(valid.shape)
+    for some, images, limits in in_chunks(len(anchor_boxes), boxes, image_of, thresholds[:, None]):
+        objects, anchors = pairs(some, anchor_boxes)
+        overlap = iou(anchors, objects)  # (G, A)
+        largest_by_image(weights, overlap.masked_fill(overlap < gamma * limits, 0), images)
+    return weights * valid
+
+
+def in_chunks(anchors: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The same few rows of each tensor, (T, ...) -> (G, ...), one after the other; nothing for none. anchors: how many
+    each row is compared with."""
+    rows = max(1, PAIRS // anchors)
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True) if len(tensors[0]) else ()
 
 
 def largest_by_image(found: torch.Tensor, values: torch.Tensor, image_of: torch.Tensor) -> None:
@@ -60,7 +75,7 @@ def inside_boxes(centres: torch.Tensor, boxes: torch.Tensor, image_of: torch.Ten
     """(N, A) bool: the valid anchors whose centre (A, 2) lies strictly inside any of the boxes (T, 4) of its image.
     image_of: (T,). valid: (N, A) bool."""
     inside = centres.new_zeros(valid.shape)
-    for some, images in in_chunks(boxes, image_of):
+    for some, images in in_chunks(len(centres), boxes, image_of):
         objects, points = pairs(some, centres)
         found = ((points > objects[..., :2]) & (points < objects[..., 2:])).all(dim=-1)  # (G, A)
         largest_by_image(inside, found.float(), images)
@@ -73,7 +88,7 @@ def finegrained(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch
     valid anchor, of whatever level, has with it (Wang et al., Distilling Object Detectors with Fine-grained Feature
     Imitation, CVPR 2019). anchor_boxes: (A, 4). boxes: (T, 4). image_of: (T,). valid: (N, A) bool."""
     region = anchor_boxes.new_zeros(valid.shape)
-    for some, images in in_chunks(boxes, image_of):
+    for some, images in in_chunks(len(anchor_boxes), boxes, image_of):
         objects, anchors = pairs(some, anchor_boxes)
         overlap = iou(anchors, objects) * valid[images]  # (G, A)
         largest_by_image(region, (overlap > 0.5 * overlap.amax(dim=1, keepdim=True)).float(), images)

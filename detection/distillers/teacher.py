@@ -10,7 +10,8 @@ from common.runtime import UserError, say
 from common.weights import cast_convolutions, fold_batch_norm
 from detection.checkpoint import load_detector
 
-GRID = ("head", "strides", "anchor_scale", "anchor_offset")  # what a pair shares: the kind of head, the anchors
+# What a pair shares: the kind of head, the anchors.
+GRID = ("head", "strides", "anchor_scale", "anchor_ratios", "anchor_offset")
 
 
 def load_teacher(path: str | Path, student: dict[str, Any], device: torch.device, precision: str,

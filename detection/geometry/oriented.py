@@ -1,4 +1,4 @@
-"""Geometry of oriented boxes: conversions, overlaps, suppression.
+"""Geometry of oriented boxes: conversions, deltas, overlaps, suppression.
 
 An oriented box is (cx, cy, w, h, theta): its centre, its two sides, and the angle in radians from the x axis to the
 side w, clockwise as an image is seen (y points down). Its corners are
@@ -14,11 +14,13 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import pad
 
-from detection.geometry.boxes import EPS, intersection
-from detection.geometry.suppression import by_score, greedy
+from detection.geometry import deltas as horizontal
+from detection.geometry.boxes import EPS, centres, intersection
+from detection.geometry.suppression import Selection, by_score, greedy
 
 QUARTER = math.pi / 2
 PAIRS = 2**16  # compared at once: bounds the memory
+DELTA_RANGE, ANGLE_RANGE = (-2.0, 2.0), (-5.0, 2.0)  # of the bins of a delta; of an angle's, in radians
 
 
 # ---- conversions -----------------------------------------------------------------------------------------------------
@@ -59,6 +61,12 @@ def from_horizontal(boxes: torch.Tensor) -> torch.Tensor:
                       torch.stack([height, width, torch.full_like(width, QUARTER)], dim=-1)], dim=-1)
 
 
+def upright(boxes: torch.Tensor) -> torch.Tensor:
+    """(..., 5) boxes -> (..., 4), x1 y1 x2 y2 of the boxes turned to theta = 0."""
+    middle, half = boxes[..., :2], boxes[..., 2:4] / 2
+    return torch.cat([middle - half, middle + half], dim=-1)
+
+
 def minimum_area_rectangle(points: torch.Tensor) -> torch.Tensor:
     """The rectangles (..., 5) of least area around points (..., K, 2), in any order, of at least two places.
 
@@ -79,6 +87,37 @@ def minimum_area_rectangle(points: torch.Tensor) -> torch.Tensor:
     axes = axes.gather(-3, best[..., None, None].expand(*best.shape, 2, 2)).squeeze(-3)  # (..., 2 axes, 2)
     centres = middle.squeeze(-2) + (((low + high) / 2)[..., None] * axes).sum(dim=-2)
     return regularise(torch.cat([centres, high - low, theta.gather(-1, best)], dim=-1))
+
+
+# ---- deltas of horizontal anchors ------------------------------------------------------------------------------------
+
+
+def encode(anchors: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """The deltas (dx, dy, dw, dh, dtheta) that take horizontal anchors to oriented boxes.
+
+    anchors: (..., 4), x1 y1 x2 y2. boxes: (..., 5). Returns (..., 5): detection.geometry.deltas of the upright box, and
+    its angle."""
+    return torch.cat([horizontal.encode(anchors, upright(boxes)), boxes[..., 4:]], dim=-1)
+
+
+def decode(anchors: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """The boxes (..., 5) that deltas (..., 5) take anchors (..., 4) to, the inverse of `encode`. Any angle may come
+    out."""
+    boxes = horizontal.decode(anchors, deltas[..., :4])
+    return torch.cat([centres(boxes), boxes[..., 2:] - boxes[..., :2], deltas[..., 4:]], dim=-1)
+
+
+def expected_deltas(bins: torch.Tensor) -> torch.Tensor:
+    """The expectation of each delta over its bins, which are evenly spaced over DELTA_RANGE or ANGLE_RANGE (Rotated-LD,
+    Zheng et al., arXiv:2204.05957).
+
+    bins: (..., 5, R + 1) logits; for R = 0 there is no distribution, and they are the deltas. Returns (..., 5)."""
+    count = bins.shape[-1]
+    if count == 1:
+        return bins.squeeze(-1)
+    values = torch.stack([torch.linspace(*span, count, device=bins.device)
+                          for span in (*[DELTA_RANGE] * 4, ANGLE_RANGE)])  # (5, R + 1)
+    return (bins.softmax(dim=-1) * values).sum(dim=-1)
 
 
 # ---- overlaps --------------------------------------------------------------------------------------------------------
@@ -182,3 +221,7 @@ def rotated_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor,
     boxes, scores, labels = by_score(boxes, scores, labels)
     kept = greedy(rotated_iou, boxes, labels, threshold, limit)
     return boxes[kept], scores[kept], labels[kept]
+
+
+# The published way to test on DOTA.
+ORIENTED_SELECTION = Selection(candidates=2000, overlap=0.1, most=2000, suppressions={"nms": rotated_nms})

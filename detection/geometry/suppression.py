@@ -10,11 +10,13 @@ touch each other. limit: the most to return. Returns (K, 4), (K,) and (K,), K <=
 Classes are told apart by their labels. To shift the boxes of each class to a place of its own, as is often done, lets
 classes overlap once an image is larger than the shift, and costs precision before that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torchvision import ops
 
+from common.runtime import UserError
 from detection.geometry.boxes import centre_distance, iou, pairs
 
 # Boxes compared at once: bounds the memory, and with a limit of 100 most blocks of this size are never looked at.
@@ -81,6 +83,28 @@ def score_voting_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Te
 
 SUPPRESSIONS = {"nms": nms, "cluster": cluster_nms, "cluster-diou-voting": score_voting_cluster_diou_nms,
                 "nms-voting": score_voting_nms}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of a detector's boxes are its detections of an image. The defaults are the published ones of GFL."""
+
+    candidates: int = 1000  # of each level, by their highest class score
+    least_score: float = 0.05
+    overlap: float = 0.6  # IoU above which the higher-scoring of two boxes of a class suppresses the other
+    most: int = 100
+    suppressions: Mapping[str, Callable[..., tuple[torch.Tensor, ...]]] = field(default_factory=lambda: SUPPRESSIONS)
+
+    def named(self, name: str) -> str:
+        """The name of the suppression that `name` asks for: `auto` is the first, of the published results. Raises
+        UserError for one that such boxes do not have."""
+        if name != "auto" and name not in self.suppressions:
+            raise UserError(f"--suppression {name}: not for this detector's boxes; expected "
+                            f"{' or '.join(self.suppressions)}")
+        return next(iter(self.suppressions)) if name == "auto" else name
+
+
+PAA_SELECTION = Selection(suppressions={"nms-voting": score_voting_nms, **SUPPRESSIONS})
 
 
 def distance_penalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

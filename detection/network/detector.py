@@ -1,15 +1,20 @@
 """The detector: backbone, feature pyramid, head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from detection.geometry.anchors import Anchors, make_anchors
+from detection.geometry.anchors import RETINA, SQUARE, AnchorGrid, Anchors, make_anchors
+from detection.geometry.oriented import ORIENTED_SELECTION
+from detection.geometry.suppression import PAA_SELECTION, Selection
 from detection.network import gfl_head as gfl
 from detection.network import paa_head as paa
 from detection.network.backbone import Backbone
 from detection.network.pyramid import FeaturePyramid
+from detection.network.rotated_head import RotatedRetinaHead
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,34 @@ class Architecture:
     depth: int = 50  # of the backbone
     channels: int = 256  # of pyramid and towers
     tower_convs: int = 4  # convolutions of each tower
-    reg_max: int = 16  # R: the largest distance to a side, in strides; of the head gfl
+    reg_max: int = 16  # R: of R + 1 bins; of GFL also the largest distance to a side, in strides
     quality: bool = False  # GFocal V2's quality branch; of the head gfl
     head: str = "gfl"  # of HEADS
     backbone: str = "resnet"  # of FAMILIES
     dcn: str = "none"  # of DCN: where the backbone is deformable
     auxiliary: str = "iou"  # of paa_head.AUXILIARIES; of the head paa
     cop_padding: str = "prob0"  # of paa_head.COP_PADDINGS; of the head paa
+
+    @property
+    def kind(self) -> "HeadKind":
+        """What goes with the head."""
+        return HEADS[self.head]
+
+
+@dataclass(frozen=True)
+class HeadKind:
+    """A head, and what of the detector goes with it.
+
+    build: the head of C classes and an Architecture. Its outputs have `logits`, `features`, `scores`, `boxes(anchors)`
+    and `sizes`, as gfl_head.Outputs. grid: the anchors of a location. p6_of_c5: see FeaturePyramid. oriented: whether
+    its boxes are, (..., 5). selection: which of them are detections. least_reg_max: of the Architecture."""
+
+    build: Callable[[int, Architecture], nn.Module]
+    grid: AnchorGrid = SQUARE
+    p6_of_c5: bool = False
+    oriented: bool = False
+    selection: Selection = Selection()
+    least_reg_max: int = 4
 
 
 def gfl_head(num_classes: int, architecture: Architecture) -> gfl.GFLHead:
@@ -40,14 +66,16 @@ def paa_head(num_classes: int, architecture: Architecture) -> paa.PAAHead:
                        architecture.cop_padding)
 
 
-# The heads that a checkpoint may name, as functions of C and the Architecture.
-HEADS = {"gfl": gfl_head, "paa": paa_head}
-SUPPRESSION_OF = {"gfl": "nms", "paa": "nms-voting"}  # with which the published results of a head were tested
+def rotated_head(num_classes: int, architecture: Architecture) -> RotatedRetinaHead:
+    """The RotatedRetinaHead of an Architecture."""
+    return RotatedRetinaHead(num_classes, architecture.channels, architecture.tower_convs, architecture.reg_max)
 
 
-def suppression_of(head: str, name: str) -> str:
-    """The name of the suppression that `name` asks for: auto is that of the head's published results."""
-    return SUPPRESSION_OF[head] if name == "auto" else name
+# The heads that a checkpoint may name.
+HEADS = {"gfl": HeadKind(gfl_head),
+         "paa": HeadKind(paa_head, selection=PAA_SELECTION),
+         "rotated": HeadKind(rotated_head, RETINA, p6_of_c5=True, oriented=True, selection=ORIENTED_SELECTION,
+                             least_reg_max=0)}
 
 
 class Detector(nn.Module):
@@ -59,17 +87,17 @@ class Detector(nn.Module):
         super().__init__()
         self.num_classes, self.architecture = num_classes, architecture
         self.backbone = Backbone(architecture.depth, frozen, architecture.backbone, architecture.dcn)
-        self.neck = FeaturePyramid(self.backbone.out_channels, architecture.channels)
-        self.head = HEADS[architecture.head](num_classes, architecture)
+        self.neck = FeaturePyramid(self.backbone.out_channels, architecture.channels, architecture.kind.p6_of_c5)
+        self.head = architecture.kind.build(num_classes, architecture)
 
-    def forward(self, images: torch.Tensor) -> gfl.Outputs | paa.Outputs:
-        """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns the Outputs of the head."""
+    def forward(self, images: torch.Tensor) -> Any:
+        """images: (N, 3, H, W) normalised colours, H and W multiples of 32. Returns the outputs of the head."""
         return self.head(self.neck(self.backbone(images)))
 
     def anchors(self, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Anchors:
         """The Anchors that the head predicts for. sizes: ((H_l, W_l), ...) of the levels."""
-        return make_anchors(sizes, device)
+        return make_anchors(sizes, device, self.architecture.kind.grid)
 
     def suppression(self, name: str) -> str:
-        """The `suppression_of` this detector."""
-        return suppression_of(self.architecture.head, name)
+        """The name of the suppression that `name` asks for: see Selection.named."""
+        return self.architecture.kind.selection.named(name)

@@ -8,13 +8,16 @@ from torch import nn
 
 
 class FeaturePyramid(nn.Module):
-    """C3, C4, C5 -> P3 to P7 (Lin et al., CVPR 2017). P6 is made of P5 and P7 of P6, without ReLU between them."""
+    """C3, C4, C5 -> P3 to P7 (Lin et al., CVPR 2017). P6 is made of P5, with `p6_of_c5` of C5 (RetinaNet, ICCV 2017),
+    and P7 of P6, without ReLU between them."""
 
-    def __init__(self, in_channels: Sequence[int], channels: int):
+    def __init__(self, in_channels: Sequence[int], channels: int, p6_of_c5: bool = False):
         super().__init__()
+        self.p6_of_c5 = p6_of_c5
         self.lateral = nn.ModuleList(nn.Conv2d(count, channels, 1) for count in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.extra = nn.ModuleList(nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(2))
+        self.extra = nn.ModuleList(nn.Conv2d(count, channels, 3, stride=2, padding=1)
+                                   for count in (in_channels[-1] if p6_of_c5 else channels, channels))
         for convolution in (*self.lateral, *self.output, *self.extra):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
@@ -25,6 +28,5 @@ class FeaturePyramid(nn.Module):
         for fine in (1, 0):
             merged[fine] = merged[fine] + F.interpolate(merged[fine + 1], size=merged[fine].shape[2:], mode="nearest")
         pyramid = [output(feature) for output, feature in zip(self.output, merged, strict=True)]
-        for extra in self.extra:
-            pyramid.append(extra(pyramid[-1]))
-        return pyramid
+        p6 = self.extra[0](maps[-1] if self.p6_of_c5 else pyramid[-1])
+        return [*pyramid, p6, self.extra[1](p6)]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from common.dota import find_dota_files, read_label_file
 from common.runtime import UserError, run_script
 from demo import draw_scenes, ground, objects, scenes
 from demo.scenes import CLASSES, PLANE, SHIP, TANK, draw_scene, lay_out_scene
@@ -64,13 +65,43 @@ def test_a_scene_does_not_depend_on_the_order_of_drawing():
     backward = {key: draw_scene(*key, size=48) for key in reversed(wanted)}
     for key in wanted:
         assert all(np.array_equal(*pair) for pair in zip(forward[key], backward[key], strict=True))
-    assert len({picture.tobytes() for picture, _, _ in forward.values()}) == len(wanted)
+    assert len({picture.tobytes() for picture, *_ in forward.values()}) == len(wanted)
+
+
+@pytest.mark.parametrize("kind", [objects.plane_sprite, objects.ship_sprite])
+@pytest.mark.parametrize("heading", [0.0, 0.6, 2.5, 4.0])
+def test_corners_are_of_the_rectangle_around_the_silhouette_along_the_heading(kind, heading):
+    sprite = kind(np.random.default_rng(1), 120.0, heading, SUN)
+    rows, columns = np.nonzero(np.asarray(sprite.silhouette))
+    points = np.stack([columns, rows], axis=1) - sprite.corners.mean(axis=0)  # (n, 2)
+    along, across = sprite.corners[1] - sprite.corners[0], sprite.corners[3] - sprite.corners[0]
+    assert np.arctan2(along[1], along[0]) % (2 * np.pi) == pytest.approx(heading)
+    for side in (along, across):
+        reach = points @ side / np.hypot(*side)
+        assert reach.max() == pytest.approx(np.hypot(*side) / 2, abs=2)
+        assert reach.min() == pytest.approx(-np.hypot(*side) / 2, abs=2)
+
+
+def test_oriented_scenes_are_in_dotas_layout(tmp_path):
+    assert draw_scenes.write_demo(tmp_path / "set", **SMALL, oriented=True)
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"train", "test", "sheet.png", "demo.json"}
+    for split in ("train", "test"):
+        files = find_dota_files(tmp_path / "set" / split)
+        assert len(files) == SMALL[split]
+        for index, (_, label_file) in enumerate(files):
+            _, _, labels, corners = draw_scene(split, index, SMALL["seed"], SMALL["size"])
+            found = read_label_file(label_file)
+            assert [item.name for item in found] == [CLASSES[label] for label in labels]
+            assert np.allclose(np.array([item.points for item in found]).reshape(-1, 4, 2), corners, atol=0.006)
+    assert not draw_scenes.write_demo(tmp_path / "set", **SMALL, oriented=True)
+    with pytest.raises(UserError, match="other settings"):
+        draw_scenes.write_demo(tmp_path / "set", **SMALL)
 
 
 @pytest.mark.parametrize("size", [32, 100])
 def test_boxes_are_inside_the_picture_and_keep_off_each_other(size):
     for index in range(12):
-        picture, boxes, labels = draw_scene("train", index, size=size)
+        picture, boxes, labels, _ = draw_scene("train", index, size=size)
         assert picture.shape == (size, size, 3) and picture.dtype == np.uint8 and picture.std() > 4
         assert boxes.shape == (len(labels), 4) and boxes.dtype == np.float64 and labels.dtype == np.int64
         assert (boxes >= 0).all() and (boxes <= size).all() and (boxes[:, 2:] - boxes[:, :2] > 0.5).all()
@@ -160,7 +191,7 @@ def test_the_coco_files_say_what_was_drawn(small_set, split):
         with Image.open(small_set / "images" / entry["file_name"]) as image:
             assert image.mode == "RGB" and image.size == (entry["width"], entry["height"]) == (48, 48)
             stored = np.asarray(image).astype(float)
-        picture, boxes, labels = draw_scene(split, index, SMALL["seed"], SMALL["size"])
+        picture, boxes, labels, _ = draw_scene(split, index, SMALL["seed"], SMALL["size"])
         assert abs(stored - picture).mean() < 8
         annotations = coco.loadAnns(coco.getAnnIds([image_id]))
         assert [annotation["category_id"] - 1 for annotation in annotations] == labels.tolist()

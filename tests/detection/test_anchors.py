@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from detection.geometry.anchors import ANCHOR_SCALE, STRIDES, make_anchors, pyramid_sizes, valid_anchors
+from detection.geometry.anchors import SQUARE, STRIDES, make_anchors, pyramid_sizes, valid_anchors
 
 FULL = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # of 800 x 1344
 SMALL = ((12, 8), (6, 4), (3, 2), (2, 1), (1, 1))  # of 96 x 64
@@ -42,7 +42,7 @@ def test_levels_come_one_after_the_other_p3_first(full):
 
 def test_squares_of_8_strides_around_their_centres(full):
     sides = full.boxes[:, 2:] - full.boxes[:, :2]
-    assert torch.equal(sides, (8 * full.strides)[:, None].expand(-1, 2)) and ANCHOR_SCALE == 8
+    assert torch.equal(sides, (8 * full.strides)[:, None].expand(-1, 2)) and SQUARE.shapes == [(8, 8)]
     assert torch.equal((full.boxes[:, :2] + full.boxes[:, 2:]) / 2, full.centres)
     assert full.boxes[0].tolist() == [-32, -32, 32, 32]  # no offset of half a stride
     assert sorted(set(sides[:, 0].tolist())) == [64, 128, 256, 512, 1024]

@@ -172,7 +172,7 @@ def test_many_objects_are_taken_in_chunks(anchors, monkeypatch, chunk):
     boxes, _, counts = scene(8)
     arguments = (boxes, torch.arange(4).repeat_interleave(torch.tensor(counts)), valid_anchors(anchors, IMAGE_SIZES))
     whole = atss(anchors, *arguments)
-    monkeypatch.setattr(atss_module, "CHUNK", chunk)
+    monkeypatch.setattr(atss_module, "PAIRS", chunk * A)
     assert all(torch.equal(one, other) for one, other in zip(whole, atss(anchors, *arguments), strict=True))
 
 

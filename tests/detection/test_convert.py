@@ -202,6 +202,57 @@ def test_there_and_back_again_every_entry_is_the_same(state):
     assert all(torch.equal(back[name], value) for name, value in convert.without_background(state).items())
 
 
+# ---- mmrotate --------------------------------------------------------------------------------------------------------
+
+
+def of_mmrotate(network):
+    """The state dict of a rotated RetinaNet, or Rotated-LD, as mmrotate names it."""
+    renamed = {}
+    for name, value in network.state_dict().items():
+        part, *path = name.split(".")
+        if part == "neck":
+            kind, number, leaf = path
+            number = int(number) + 3 * (kind == "extra")
+            name = f"neck.{'lateral_convs' if kind == 'lateral' else 'fpn_convs'}.{number}.conv.{leaf}"
+        elif part == "head" and path[0] in ("class_tower", "box_tower"):
+            name = f"bbox_head.{'cls' if path[0] == 'class_tower' else 'reg'}_convs.{path[1]}.conv.{path[3]}"
+        elif part == "head":
+            name = f"bbox_head.retina_{'cls' if path[0] == 'classify' else 'reg'}.{path[1]}"
+        renamed[name] = value
+    return {**renamed, "bbox_head.integral.project": torch.linspace(-2, 2, 9)}
+
+
+@pytest.mark.parametrize("reg_max", [8, 0], ids=["Rotated-LD", "rotated RetinaNet"])
+def test_detectors_of_mmrotate(tmp_path, capsys, reg_max):
+    torch.manual_seed(0)
+    network = Detector(3, Architecture(18, CHANNELS, TOWERS, reg_max, head="rotated")).eval()
+    theirs = of_mmrotate(network)
+    torch.save({"state_dict": theirs, "meta": {"CLASSES": NAMES}}, tmp_path / "theirs.pth")
+    assert run(tmp_path / "theirs.pth", tmp_path / "ours.pt", "--short", "1024", "--long", "1024") == 0
+    assert "rotated RetinaNet on ResNet-18, 3 classes" in capsys.readouterr().out
+    converted, description = load_detector(tmp_path / "ours.pt")
+    assert converted.architecture == network.architecture and description["preprocessing"]["long"] == 1024
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(converted(images).bins, network(images).bins)
+    del theirs["bbox_head.integral.project"]
+    back = convert.to_mmdet(converted.state_dict(), "rotated")
+    assert set(back) == set(theirs) and all(torch.equal(value, theirs[name]) for name, value in back.items())
+
+
+def test_a_retinanet_of_horizontal_boxes_is_refused(tmp_path, capsys):
+    network = Detector(3, Architecture(18, CHANNELS, TOWERS, 0, head="rotated"))
+    theirs = of_mmrotate(network)
+    for name in ("weight", "bias"):
+        theirs[f"bbox_head.retina_reg.{name}"] = theirs[f"bbox_head.retina_reg.{name}"][:36]
+    torch.save({"state_dict": theirs, "meta": {"CLASSES": NAMES}}, tmp_path / "theirs.pth")
+    assert run(tmp_path / "theirs.pth", tmp_path / "ours.pt") == 2
+    assert "27 scores and 36 values of boxes a location; expected multiples of 9 and 45" in error_line(capsys)
+
+
+# ---- all depths ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("quality", [False, True])
 @pytest.mark.parametrize("depth", BLOCKS)
 def test_names_and_shapes_are_those_of_mmdetection_at_every_depth(depth, quality):

@@ -14,6 +14,7 @@ from detection import inference
 from detection.checkpoint import describe_model, describe_preprocessing, is_description, load_detector
 from detection.data.transforms import normalise
 from detection.geometry.anchors import make_anchors
+from detection.geometry.suppression import Selection
 from detection.inference import detect, inference_network
 from detection.network.detector import Architecture, Detector
 from detection.network.gfl_head import Outputs
@@ -42,9 +43,10 @@ def overlap(a, b):
     return shared / union if union > 0 else 0
 
 
-def detections(outputs, *arguments):
-    """`inference.detections` of outputs for one anchor a location."""
-    return inference.detections(outputs, make_anchors(outputs.sizes), *arguments)
+def detections(outputs, sizes, scales, *suppression, **changes):
+    """`inference.detections` of outputs for one anchor a location. changes: of the Selection."""
+    anchors = make_anchors(outputs.sizes)
+    return inference.detections(outputs, anchors, sizes, scales, Selection(**changes), *suppression)
 
 
 def slow_detections(outputs, i, size, scale, candidates=1000):
@@ -75,11 +77,10 @@ def slow_detections(outputs, i, size, scale, candidates=1000):
 
 @pytest.mark.parametrize("quality", [False, True])
 @pytest.mark.parametrize("candidates", [2, 5, 1000])
-def test_detections_against_a_loop(monkeypatch, quality, candidates):
-    monkeypatch.setattr(inference, "CANDIDATES", candidates)
+def test_detections_against_a_loop(quality, candidates):
     outputs = random_outputs(1, quality)
     sizes, scales = [(64, 96), (40, 75)], [(0.5, 0.25), (1.5, 1.6)]
-    for i, found in enumerate(detections(outputs, sizes, scales)):
+    for i, found in enumerate(detections(outputs, sizes, scales, candidates=candidates)):
         expected = slow_detections(outputs, i, sizes[i], scales[i], candidates)
         assert 5 < len(expected) == len(found["scores"])
         assert found["scores"].tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-4)
@@ -122,10 +123,9 @@ def test_nothing_found_has_the_shapes_of_something():
             "boxes": (0, 4), "scores": (0,), "labels": (0,)}
 
 
-def test_at_most_100_of_an_image_and_the_surest_first(monkeypatch):
+def test_at_most_100_of_an_image_and_the_surest_first():
     outputs = random_outputs(2)
-    monkeypatch.setattr(inference, "OVERLAP", 1.0)  # nothing is suppressed
-    (found, _) = detections(outputs, [(64, 96)] * 2, [(1, 1)] * 2)
+    (found, _) = detections(outputs, [(64, 96)] * 2, [(1, 1)] * 2, overlap=1.0)  # nothing is suppressed
     scores = outputs.logits[0].sigmoid().flatten()
     assert (scores > 0.05).sum() > 100 == len(found["scores"])
     assert torch.equal(found["scores"], scores.sort(descending=True).values[:100])

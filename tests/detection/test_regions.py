@@ -126,7 +126,7 @@ def test_many_objects_are_taken_in_chunks(scene, monkeypatch):
     anchors, boxes, thresholds, valid = scene
     whole = valuable_region(*scene), inside_boxes(anchors[:, :2], boxes), finegrained(anchors, boxes, valid)
     for chunk in (1, 4, 11):
-        monkeypatch.setattr(regions, "CHUNK", chunk)
+        monkeypatch.setattr(regions, "PAIRS", chunk * len(anchors))
         again = valuable_region(*scene), inside_boxes(anchors[:, :2], boxes), finegrained(anchors, boxes, valid)
         assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
 

@@ -9,8 +9,8 @@ FEATURES = (*GRID, "reg_max", "channels")
 
 
 def description(**changes):
-    model = {"head": "gfl", "strides": [8, 16, 32, 64, 128], "reg_max": 16, "anchor_scale": 8, "anchor_offset": 0,
-             "channels": 256}
+    model = {"head": "gfl", "strides": [8, 16, 32, 64, 128], "reg_max": 16, "anchor_scale": 8, "anchor_ratios": [1.0],
+             "anchor_offset": 0, "channels": 256}
     classes = changes.pop("classes", ["ship", "plane", "tank"])
     return {"classes": classes, "model": {**model, **changes}}
 

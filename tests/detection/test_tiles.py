@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from detection.data.tiles import is_left_to_others, windows
+from detection.geometry.suppression import Selection
+from detection.network.detector import HEADS
 from detection.predict import find_in_tiles
 
 
@@ -65,7 +67,7 @@ def test_every_object_is_found_once_where_it_is(size, overlap):
     preprocessing = {"short": size, "long": 2 * size}  # so that tiles are not scaled
     if size == 500:  # one tile, the whole image
         preprocessing = {"short": 230, "long": 310}
-    found = find_in_tiles(find_squares, Image.fromarray(pixels), preprocessing, "nms", tiles)
+    found = find_in_tiles(find_squares, Image.fromarray(pixels), preprocessing, Selection(), "nms", tiles)
     boxes = sorted(map(tuple, found["boxes"].int().tolist()))
     if overlap:
         assert boxes == sorted(map(tuple, expected))
@@ -79,3 +81,27 @@ def test_a_box_is_left_to_a_tile_that_shows_it_whole_and_never_to_none():
     boxes = torch.tensor([[85.0, 10, 100, 20], [70, 10, 100, 20], [10, 0, 20, 100], [80, 10, 100, 20]])
     assert is_left_to_others(boxes, 0, tiles).tolist() == [True, False, False, False]  # the last fills the overlap
     assert is_left_to_others(boxes, 1, tiles).tolist() == [False, False, True, False]
+
+
+def test_oriented_objects_are_found_once_where_they_are():
+    """The value of the pixel at an object's centre is its number."""
+    generator = torch.Generator().manual_seed(0)
+    pixels, expected = np.zeros((230, 310, 3), np.uint8), []
+    for y in range(20, 230, 40):
+        for x in range(20, 310, 40):
+            w, h, theta = (torch.rand(3, generator=generator) * torch.tensor([16, 8, 1.5]) + 2).tolist()
+            expected.append([x + 0.5, y + 0.5, w, h, theta])
+            pixels[y, x] = len(expected)
+
+    def find(image, scale):
+        y, x = image[0].nonzero(as_tuple=True)
+        boxes = torch.tensor(expected)[image[0, y, x].long() - 1]
+        boxes[:, :2] = torch.stack([x, y], dim=1) + 0.5
+        count = len(boxes)
+        return {"boxes": boxes, "scores": torch.linspace(0.5, 0.9, count), "labels": torch.zeros(count).long()}
+
+    tiles, preprocessing = windows(230, 310, 100, 40), {"short": 100, "long": 100}
+    found = find_in_tiles(find, Image.fromarray(pixels), preprocessing, HEADS["rotated"].selection, "auto", tiles)
+    assert len(found["boxes"]) == len(expected)
+    rows = sorted(found["boxes"].tolist(), key=lambda box: (round(box[1]), box[0]))
+    torch.testing.assert_close(torch.tensor(rows), torch.tensor(expected))

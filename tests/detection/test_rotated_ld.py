@@ -1,0 +1,383 @@
+"""Rotated-LD: its losses against a loop over images and anchors, and both scripts on tiny drawn scenes as a user runs
+them."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_detection_inference
+from common.runtime import UserError
+from demo.draw_scenes import write_demo
+from detection import compare, engine, predict, publish, train_gfl, train_rotated, train_rotated_ld
+from detection import test as test_script
+from detection.assigners.targets import ground_truth
+from detection.checkpoint import load_detector
+from detection.data.records import Annotations, Record
+from detection.distillers.imitation import imitation_loss
+from detection.distillers.rotated_ld import rotated_ld_losses
+from detection.engine import train_step
+from detection.evaluation import by_image
+from detection.geometry.anchors import RETINA, make_anchors
+from detection.geometry.oriented import circumscribed, corners
+from detection.methods import rotated, rotated_ld
+from detection.methods.method import Step
+from detection.methods.rotated_ld import ROTATED_LD, RotatedLDSettings
+from detection.network.detector import Architecture, Detector
+from detection.network.rotated_head import RotatedOutputs
+from detection.settings import parse_settings
+from tests.support import QUICK_DETECTOR, error_line, log_of, run_detector, run_program, run_tool
+
+SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))
+L, A, C, R, CHANNELS = 86, 86 * 9, 3, 4, 6
+OBJECTS = [torch.tensor([[30.0, 32, 50, 20, 0.7], [45, 20, 14, 30, math.pi / 2]]), torch.zeros(0, 5),
+           torch.tensor([[16.0, 34, 12, 26, 0.3]])]
+IMAGE_SIZES = [(64, 64), (64, 64), (64, 32)]  # on the third half of the anchors are not valid
+
+
+@pytest.fixture(scope="module")
+def anchors():
+    return make_anchors(SIZES, None, RETINA)
+
+
+def targets_of(anchors, objects=OBJECTS, image_sizes=IMAGE_SIZES):
+    labels = torch.cat([torch.arange(len(boxes)) % C for boxes in objects])
+    truth = ground_truth(torch.cat(objects), labels, [len(boxes) for boxes in objects], image_sizes, C)
+    return rotated.assign(Step(None, truth, anchors))
+
+
+def random_outputs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits, bins = (torch.randn(3, A, *shape, generator=generator) for shape in ((C,), (5, R + 1)))
+    features = [torch.randn(3, CHANNELS, *size, generator=generator).requires_grad_() for size in SIZES]
+    return RotatedOutputs(logits.requires_grad_(), (3 * bins).requires_grad_(), features)
+
+
+@pytest.fixture
+def batch(anchors):
+    """Student, teacher, targets, anchors."""
+    return random_outputs(1), random_outputs(2), targets_of(anchors), anchors
+
+
+# ---- slow references -------------------------------------------------------------------------------------------------
+
+
+def slow_kl(student, teacher, temperature):
+    q, p = ([math.exp(z / temperature) for z in row.tolist()] for row in (student, teacher))
+    terms = [t / sum(p) * math.log((t / sum(p)) / (s / sum(q))) for s, t in zip(q, p, strict=True)]
+    return temperature**2 * sum(terms) / len(terms)
+
+
+def slow_iou(a, b):
+    width, height = (min(a[2 + i], b[2 + i]) - max(a[i], b[i]) for i in (0, 1))
+    shared = max(width, 0) * max(height, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def slow_region(targets, anchors, around):
+    """r_a of every image: of each level the 9 anchors nearest to an object are its candidates."""
+    boxes, region = anchors.boxes.tolist(), torch.zeros(3, A)
+    for g, image in enumerate(targets.image_of.tolist()):
+        x1, y1, x2, y2 = around[g]
+        overlaps = {a: slow_iou(boxes[a], around[g]) for a in range(A) if targets.valid[image, a]}
+        candidates = []
+        for level in range(5):
+            own = [a for a in overlaps if anchors.levels[a] == level]
+            x, y = anchors.centres[own].double().unbind(1)
+            order = ((x - (x1 + x2) / 2) ** 2 + (y - (y1 + y2) / 2) ** 2).argsort(stable=True)[:9]
+            candidates += [overlaps[own[place]] for place in order.tolist()]
+        mean = sum(candidates) / len(candidates)
+        threshold = mean + math.sqrt(sum((o - mean) ** 2 for o in candidates) / (len(candidates) - 1))
+        for a, overlap in overlaps.items():
+            if overlap >= 0.25 * threshold:
+                region[image, a] = max(region[image, a], overlap)
+    return region
+
+
+def slow_losses(student, teacher, targets, anchors, around):
+    region = slow_region(targets, anchors, around)
+    ld, kd = 0.0, 0.0
+    for level in range(5):
+        members = [(i, a) for i in range(3) for a in range(A) if anchors.levels[a] == level and region[i, a] > 0]
+        for i, a in members:
+            share = region[i, a].item() / len(members)
+            ld += share * sum(slow_kl(student.bins[i, a, b], teacher.bins[i, a, b], 5) for b in range(5))
+            kd += share * slow_kl(student.logits[i, a], teacher.logits[i, a], 5)
+    return {"ld": ld, "kd": kd}
+
+
+def values(losses):
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+
+
+def test_both_losses_against_a_loop(batch):
+    found = values(rotated_ld_losses(*batch, RotatedLDSettings()))
+    around = circumscribed(batch[2].gt_boxes).tolist()
+    assert found == pytest.approx(slow_losses(*batch, around), rel=1e-4) and min(found.values()) > 0
+
+
+def test_the_released_region_has_the_objects_turned_upright(batch):
+    """The second object, 14 along y and 30 along x, is 14 x 30 for it."""
+    found = values(rotated_ld_losses(*batch, RotatedLDSettings(region_boxes="upright")))
+    around = [[x - w / 2, y - h / 2, x + w / 2, y + h / 2] for x, y, w, h, _ in batch[2].gt_boxes.tolist()]
+    assert found == pytest.approx(slow_losses(*batch, around), rel=1e-4)
+    assert found != pytest.approx(values(rotated_ld_losses(*batch, RotatedLDSettings())), rel=1e-2)
+
+
+def test_a_student_that_is_its_teacher_learns_nothing_from_it_and_a_teacher_never_learns(batch):
+    student, teacher, targets, anchors = batch
+    same = rotated_ld_losses(student, copy.deepcopy(student), targets, anchors, RotatedLDSettings())
+    assert all(abs(loss.item()) < 1e-6 for loss in same.values())
+    sum(rotated_ld_losses(*batch, RotatedLDSettings()).values()).backward()
+    assert teacher.bins.grad is None and teacher.logits.grad is None
+    assert student.bins.grad[:, :, 4].abs().max() > 0 and student.logits.grad.abs().max() > 0
+    assert student.bins.grad[~targets.valid].abs().max() == 0
+
+
+def test_a_weight_of_0_is_not_computed_and_the_published_ones_are_the_defaults(batch):
+    assert set(rotated_ld_losses(*batch, RotatedLDSettings(lambda_kd=0))) == {"ld"}
+    assert rotated_ld_losses(*batch, RotatedLDSettings(lambda_ld=0, lambda_kd=0)) == {}
+    assert ROTATED_LD.weights(RotatedLDSettings(), 15) == {"cls": 1, "box": 5, "ld": 10, "kd": 20, "imitation": 2}
+    assert ROTATED_LD.weights(RotatedLDSettings(box_loss="kld"), 3)["kd"] == 4
+
+
+def test_a_batch_without_objects_costs_nothing(batch, anchors):
+    student, teacher, _, _ = batch
+    targets = targets_of(anchors, [torch.zeros(0, 5)] * 3)
+    losses = rotated_ld_losses(student, teacher, targets, anchors, RotatedLDSettings())
+    sum(losses.values()).backward()
+    assert values(losses) == {"ld": 0, "kd": 0} and student.bins.grad.abs().max() == 0
+
+
+def test_the_gradient_of_ld(batch):
+    """r_a / n_l * T / n * (q - p) at each of the five distributions."""
+    student, teacher, targets, anchors = batch
+    (found,) = torch.autograd.grad(rotated_ld_losses(*batch, RotatedLDSettings())["ld"], student.bins)
+    region = slow_region(targets, anchors, circumscribed(targets.gt_boxes).tolist())
+    counts = torch.stack([(region[:, anchors.levels == level] > 0).sum() for level in range(5)]).clamp(min=1)
+    shares = region / counts[anchors.levels]
+    difference = (student.bins / 5).softmax(dim=-1) - (teacher.bins / 5).softmax(dim=-1)
+    torch.testing.assert_close(found, shares[..., None, None] * 5 / (R + 1) * difference, atol=1e-6, rtol=1e-3)
+
+
+def test_features_are_imitated_where_any_anchor_of_a_location_is_near_an_object(batch):
+    student, teacher, targets, anchors = batch
+    settings = RotatedLDSettings(imitation="finegrained", lambda_ld=0, lambda_kd=0)
+    step = Step(None, None, anchors, teacher=teacher, outputs=student, targets=targets)
+    found = rotated_ld.losses(step, settings)["imitation"]
+    around, boxes, expected, start = circumscribed(targets.gt_boxes).tolist(), anchors.boxes.tolist(), 0.0, 0
+    region = torch.zeros(3, L, dtype=torch.bool)
+    for g, image in enumerate(targets.image_of.tolist()):
+        overlaps = [slow_iou(box, around[g]) if targets.valid[image, a] else 0 for a, box in enumerate(boxes)]
+        for a, overlap in enumerate(overlaps):
+            region[image, a // 9] |= overlap > 0.5 * max(overlaps)
+    for level, (height, width) in enumerate(SIZES):
+        rows = region[:, start:start + height * width]
+        own = [(student.features[level][i, :, p // width, p % width] - teacher.features[level][i, :, p // width,
+                p % width]).square().mean().item() for i in range(3) for p in range(height * width) if rows[i, p]]
+        if own and targets.positive[:, anchors.levels == level].any():
+            expected += sum(own) / len(own)
+        start += height * width
+    assert found.item() == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert imitation_loss("fitnet_full", student, copy.deepcopy(student), targets, anchors).item() == 0
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder of oriented scenes: train (8) and test (3), in DOTA's layout."""
+    folder = tmp_path_factory.mktemp("scenes") / "tiny"
+    write_demo(folder, seed=0, train=8, test=3, size=64, oriented=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(scenes):
+    return ("--train", scenes / "train", "--test", scenes / "test", *QUICK_DETECTOR)
+
+
+@pytest.fixture(scope="module")
+def runs(flags, tmp_path_factory):
+    """A folder with the finished runs of a teacher and of a student that it has taught, each a user's command."""
+    folder = tmp_path_factory.mktemp("runs")
+    for script, *more in (("train_rotated", "--output", folder / "teacher", "--test-every", "1"),
+                          ("train_rotated_ld", "--output", folder / "ld", *taught(folder))):
+        done = run_program("-m", f"detection.{script}", *flags, *more)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def taught(folder):
+    return ("--teacher", folder / "teacher" / "final.pt", "--imitation", "finegrained")
+
+
+def weights_of(folder):
+    return torch.load(folder / "final.pt", weights_only=True)["model"]
+
+
+def test_runs_leave_their_files_and_log_every_term(runs):
+    for stage, terms in (("teacher", {"cls", "box"}), ("ld", {"cls", "box", "ld", "kd", "imitation"})):
+        assert set(os.listdir(runs / stage)) == {
+            "settings.json", "log.jsonl", "last.pt", "final.pt", "results.json", "curves.png", "precision_recall.png",
+            "detections.png", "submission.zip"}
+        for record in log_of(runs / stage):
+            assert terms == set(record) - {"epoch", "lr", "loss", "AP", "AP50", "AP75"}
+    results = json.loads((runs / "ld" / "results.json").read_text())
+    assert results["stage"] == "rotated_ld" and results["metric"].startswith("DOTA AP") and results["images"] == 3
+    model = torch.load(runs / "ld" / "final.pt", weights_only=True)["description"]["model"]
+    assert model["head"] == "rotated" and model["anchor_ratios"] == [1.0, 0.5, 2.0] and model["reg_max"] == 8
+    student = Detector(3, Architecture(18, 64, 1, 8, head="rotated"))
+    assert set(weights_of(runs / "ld")) == set(student.state_dict())
+
+
+def test_resuming_ends_with_the_weights_of_a_run_never_stopped(runs, flags, tmp_path, monkeypatch):
+    steps = []
+
+    def step_and_a_signal(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "train_step", step_and_a_signal)
+        assert run_detector(train_rotated_ld, *flags, *taught(runs), "--output", tmp_path) == 128 + signal.SIGTERM
+    assert run_detector(train_rotated_ld, *flags, *taught(runs), "--output", tmp_path, "--resume") == 0
+    whole, parts = weights_of(runs / "ld"), weights_of(tmp_path)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_tools_know_oriented_boxes_without_being_told(runs, scenes, tmp_path, capsys):
+    weights, image = runs / "ld" / "last.pt", scenes / "test" / "images" / "test_0000.jpg"
+    assert run_tool(publish, "--weights", weights, "--output", tmp_path) == 0
+    (published,) = tmp_path.glob("*.pt")
+    sure(published, tmp_path / "sure.pt")
+    assert run_tool(test_script, "--weights", tmp_path / "sure.pt", "--test", scenes / "test", "--output",
+                    tmp_path / "test", "--device", "cpu", "--workers", "0") == 0
+    with zipfile.ZipFile(tmp_path / "test" / "submission.zip") as archive:
+        assert archive.namelist() == [f"Task1_{name}.txt" for name in ("plane", "ship", "storage_tank")]
+        lines = archive.read("Task1_plane.txt").decode().splitlines()
+    assert lines and all(len(line.split()) == 10 for line in lines)
+    compare.main([f"test={tmp_path / 'test'}", f"run={runs / 'ld'}"])
+    assert run_tool(predict, "--weights", tmp_path / "sure.pt", image, "--output", tmp_path / "found", "--json",
+                    tmp_path / "found.json", "--least-score", "0.06", "--device", "cpu") == 0
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    first = row["detections"][0]
+    assert len(first["box"]) == 5 and 0 < first["box"][4] <= math.pi / 2 + 1e-3
+    expected = corners(torch.tensor(first["box"]))
+    torch.testing.assert_close(torch.tensor(first["corners"]), expected, atol=0.1, rtol=0.01)
+    assert run_tool(bench_detection_inference, "--weights", tmp_path / "sure.pt", image, "--batch-sizes", "1",
+                    "--repeats", "1", "--precision", "fp32", "--device", "cpu", "--json", tmp_path / "bench.json") == 0
+    capsys.readouterr()
+    for flag in (("--suppression", "cluster-diou-voting"), ("--metric", "coco")):
+        assert run_tool(test_script, "--weights", published, "--test", scenes / "test", "--output", tmp_path / "no",
+                        "--device", "cpu", *flag) == 2
+        assert f"{' '.join(flag)}: " in error_line(capsys)
+
+
+def test_detections_in_windows_are_submitted_as_those_of_whole_images(tmp_path):
+    def record(name):
+        return Record(tmp_path / f"{name}.png", 100, 100, np.zeros((0, 5)), np.zeros(0), np.zeros(0), name, np.zeros(0))
+
+    def found(*box):
+        return {"boxes": torch.tensor([box]), "scores": torch.tensor([0.5]), "labels": torch.tensor([0])}
+
+    names = ("P1__1__0___0", "P1__1__80___0", "P2__1__0___0")
+    windows = Annotations(["plane"], [record(name) for name in names], tmp_path)
+    inside = [found(90.0, 50, 10, 6, 0.3), found(10.0, 50, 10, 6, 0.3), found(5.0, 5, 4, 4, 1.0)]
+    merged = by_image(windows, inside)
+    assert {name: own["boxes"].tolist() for name, own in merged.items()} == {
+        "P1": [pytest.approx([90, 50, 10, 6, 0.3])], "P2": [pytest.approx([5, 5, 4, 4, 1])]}
+    whole = Annotations(["plane"], [record("a"), record("P2__1__0___0")], tmp_path)
+    horizontal = {**found(0.0, 0, 4, 2), "boxes": torch.tensor([[0.0, 0, 4, 2]])}
+    assert by_image(whole, [horizontal, inside[2]])["a"]["boxes"].tolist() == [pytest.approx([2, 1, 2, 4, math.pi / 2])]
+
+
+def sure(path, to):
+    """A checkpoint whose detector finds a hundred planes in any image."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["head.classify.bias"][::3] += 3
+    torch.save(checkpoint, to)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"reg_max": 6}, "reg_max: 6 in the teacher, 8 in the student"),
+    ({"head": "gfl", "reg_max": 8}, "head: 'gfl' in the teacher"),
+    ({"channels": 96}, "channels: 96 in the teacher")])
+def test_a_teacher_that_does_not_fit_is_named(runs, flags, tmp_path, capsys, change, words):
+    content = torch.load(runs / "teacher" / "final.pt", weights_only=True)
+    architecture = dataclasses.replace(load_detector(runs / "teacher" / "final.pt")[0].architecture, **change)
+    content["description"]["model"] = engine.describe_model(architecture)
+    torch.save({**content, "model": Detector(3, architecture).state_dict()}, tmp_path / "teacher.pt")
+    assert run_detector(train_rotated_ld, *flags, *taught(runs), "--teacher", tmp_path / "teacher.pt", "--output",
+                        tmp_path / "ld") == 2
+    assert words in error_line(capsys) and not (tmp_path / "ld").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"anchor_ratios": [1.0]}, "its anchor_ratios is [1.0]; expected [1.0, 0.5, 2.0]"),
+    ({"anchor_scale": 8}, "its anchor_scale is 8; expected [4.0, "),
+    ({"head": "gfl", "reg_max": 0}, "not a detector of this project"),
+    ({"head": ["rotated"]}, "not a detector of this project")])
+def test_a_checkpoint_must_have_the_anchors_and_bins_of_its_head(runs, tmp_path, change, words):
+    content = torch.load(runs / "teacher" / "final.pt", weights_only=True)
+    content["description"]["model"].update(change)
+    torch.save(content, tmp_path / "changed.pt")
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_detector(tmp_path / "changed.pt")
+
+
+def test_older_checkpoints_have_square_anchors(tmp_path):
+    network = Detector(3, Architecture(18, 64, 0))
+    model = engine.describe_model(network.architecture)
+    del model["anchor_ratios"], model["head"]
+    description = {"stage": "gfl", "classes": ["a", "b", "c"], "model": model, "epoch": 1,
+                   "preprocessing": engine.describe_preprocessing(64, 64)}
+    torch.save({"model": network.state_dict(), "description": description}, tmp_path / "old.pt")
+    loaded, description = load_detector(tmp_path / "old.pt")
+    assert loaded.architecture == network.architecture
+    assert (description["model"]["head"], description["model"]["anchor_ratios"]) == ("gfl", [1.0])
+
+
+def test_settings_and_annotations_of_horizontal_boxes_are_refused(flags, tmp_path, capsys):
+    write_demo(tmp_path / "flat", train=2, test=1, size=64)
+    assert run_detector(train_rotated, *flags, "--train", tmp_path / "flat" / "train.json", "--output",
+                        tmp_path / "run") == 2
+    assert "segmentation" in error_line(capsys) and not (tmp_path / "run").exists()
+    assert run_detector(train_rotated_ld, *flags, "--reg-max", "0", "--output", tmp_path / "run") == 2
+    assert "--reg-max 0" in error_line(capsys)
+    for flag in (("--suppression", "cluster"), ("--metric", "voc")):  # hours before the test
+        assert run_detector(train_rotated, *flags, *flag, "--output", tmp_path / "run") == 2
+        assert f"{' '.join(flag)}: " in error_line(capsys) and not (tmp_path / "run").exists()
+    assert run_detector(train_rotated_ld, *flags, "--teacher", tmp_path / "no.pt", "--output", tmp_path / "run") == 2
+    assert "train one with python -m detection.train_rotated --output" in error_line(capsys)
+
+
+def test_a_horizontal_detector_can_be_tested_by_dotas_metric(flags, tmp_path):
+    assert run_detector(train_gfl, *flags, "--epochs", "1", "--metric", "dota", "--output", tmp_path) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["metric"].startswith("DOTA AP")
+    assert (tmp_path / "submission.zip").exists()
+
+
+def test_recipes_are_the_published_settings():
+    settings = parse_settings("rotated_ld", train_rotated_ld.SETTINGS, "", ["--recipe", "gwd-r50", "--epochs", "5"])
+    assert (settings.lambda_ld, settings.lambda_kd, settings.imitation, settings.epochs) == (30, 30, "finegrained", 5)
+    settings = parse_settings("rotated_ld", train_rotated_ld.SETTINGS, "", ["--recipe", "kld-r34"])
+    assert (settings.box_loss, settings.lambda_ld, settings.lambda_kd, settings.lr_steps) == ("kld", 15, 15, (9, 12))
+    settings = parse_settings("rotated", train_rotated.SETTINGS, "", ["--recipe", "2x"])
+    assert (settings.epochs, settings.lr_steps, settings.clip, settings.batch_size) == (24, (17, 23), 35, 2)
+    notes = list(ROTATED_LD.notes(RotatedLDSettings(), 3, 2))
+    assert notes == ["--lambda-kd 20, for 15 classes, is 4 for 3"]
