@@ -7,6 +7,21 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class StridedConv2d(nn.Conv2d):
+    """A 3x3 convolution of stride 2. On a CPU a map of one column is convolved in the precision of the weights: torch's
+    bf16 leaves parts of the weights' gradient unset there."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        """feature: (N, in_channels, H, W). Returns (N, out_channels, ceil(H / 2), ceil(W / 2))."""
+        if feature.device.type == "cpu" and feature.shape[3] == 1:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(feature.to(self.weight.dtype))
+        return super().forward(feature)
+
+
 class FeaturePyramid(nn.Module):
     """C3, C4, C5 -> P3 to P7 (Lin et al., CVPR 2017). P6 is made of P5, with `p6_of_c5` of C5 (RetinaNet, ICCV 2017),
     and P7 of P6, without ReLU between them."""
@@ -16,7 +31,7 @@ class FeaturePyramid(nn.Module):
         self.p6_of_c5 = p6_of_c5
         self.lateral = nn.ModuleList(nn.Conv2d(count, channels, 1) for count in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.extra = nn.ModuleList(nn.Conv2d(count, channels, 3, stride=2, padding=1)
+        self.extra = nn.ModuleList(StridedConv2d(count, channels)
                                    for count in (in_channels[-1] if p6_of_c5 else channels, channels))
         for convolution in (*self.lateral, *self.output, *self.extra):
             nn.init.xavier_uniform_(convolution.weight)

@@ -18,7 +18,7 @@ from detection.losses.gfl import gfl_losses
 from detection.network.backbone import DEPTHS, Backbone, in_colour, initialise
 from detection.network.detector import Architecture, Detector
 from detection.network.gfl_head import GFLHead, flatten
-from detection.network.pyramid import FeaturePyramid
+from detection.network.pyramid import FeaturePyramid, StridedConv2d
 from resnet50 import ResNet50
 
 TINY = Architecture(depth=18, channels=32, tower_convs=1)
@@ -130,6 +130,20 @@ def test_the_pyramid_starts_as_xavier_says():
 
 
 # ---- head ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_gradient_of_a_strided_convolution_in_bf16_is_near_that_in_fp32(width):
+    torch.manual_seed(0)
+    convolution, feature, gradients = StridedConv2d(64, 64), torch.randn(2, 64, 4, width), []
+    for enabled in (True, False) * 4:
+        spoilt = torch.full((64 * 64 * 9,), torch.nan, dtype=torch.bfloat16)
+        del spoilt  # memory that is freed is what a gradient that is not set would be made of
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            loss = convolution(feature).float().square().mean()
+        gradients.append(torch.autograd.grad(loss, convolution.weight)[0])
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, gradients[1], rtol=0.1, atol=0.02 * gradients[1].abs().max().item())
 
 
 @pytest.fixture
