@@ -77,6 +77,6 @@ def class_divergence(student: Outputs, teacher: Outputs) -> torch.Tensor:
 def overlaps_with_objects(boxes: torch.Tensor, truth: GroundTruth) -> torch.Tensor:
     """(N, A) largest IoU of each box (N, A, 4) with an object of its image, 0 without any."""
     found = boxes.new_zeros(boxes.shape[:2])
-    for some, images in in_chunks(truth.boxes, truth.image_of):
+    for some, images in in_chunks(boxes.shape[1], truth.boxes, truth.image_of):
         largest_by_image(found, iou(boxes[images], some[:, None]), images)
     return found
