@@ -19,6 +19,7 @@ from detection.losses.paa import paa_losses
 from detection.methods import colad, lad
 from detection.methods.colad import COLAD, CoLADSettings
 from detection.methods.lad import LAD, LADSettings
+from detection.methods.ltd import CalibratedOutputs
 from detection.methods.method import Step
 from detection.methods.paa import PAA, PAASettings
 from detection.network.detector import Architecture, Detector
@@ -123,6 +124,8 @@ def step_of(settings, student, teacher=None, truth=TRUTH):
 
 
 def terms_of(method, step):
+    if method is LAD:  # which can have a calibration network beside it
+        step.outputs = CalibratedOutputs(step.outputs, None)
     step.targets = method.assign(step)
     return method.losses(step, step.settings)
 
