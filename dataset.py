@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.files import atomic_path, list_lines, read_json, write_json
+from common.files import atomic_path, file_identity, list_lines, read_json, write_json
 from common.image_cache import ImageCache
 from common.images import ValueRange, is_value_range, value_range_entry
 from common.runtime import UserError
@@ -168,8 +168,7 @@ def check_distinct(info: DatasetInfo, lists: dict[str, list[Sample]]) -> None:
 def _identity(path: str) -> Any:
     """Equal for two names of one file. An absent file has only its name."""
     try:
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
+        return file_identity(path)
     except (OSError, ValueError):
         return os.path.normpath(path)
 
