@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import DeformConv2d
 
 from detection.geometry.anchors import STRIDES
-from detection.network.deformable import as_places
+from detection.network.deformable import as_places, deformable_convolution
 
 
 @dataclass
@@ -74,6 +74,8 @@ class LocalCalibration(DeformConv2d):
             nn.init.zeros_(self.offsets.weight)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        """feature: (N, channels, H, W). Returns the same shape; computes in fp32, as the operator has no bf16 on a
-        CPU."""
-        return super().forward(feature.float(), as_places(self.offsets(feature).float()))
+        """feature: (N, channels, H, W). Returns the same shape. Samples in fp32."""
+        offsets = self.offsets(feature).float()
+        if feature.device.type == "cpu":
+            return deformable_convolution(feature, offsets, self.weight)
+        return super().forward(feature.float(), as_places(offsets))

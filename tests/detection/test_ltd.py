@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import deform_conv2d
 
 from detection.assigners.atss import assign_by_atss
 from detection.assigners.targets import ground_truth
@@ -16,6 +17,7 @@ from detection.geometry.anchors import make_anchors
 from detection.methods import gfl
 from detection.methods.ltd import LTD, LTDSettings, weights
 from detection.network.calibration import CalibratedMaps, CalibrationNetwork, LocalCalibration
+from detection.network.deformable import deformable_convolution
 from detection.network.gfl_head import Outputs
 
 SIZES = ((8, 10), (4, 5), (2, 3), (1, 2), (1, 1))
@@ -32,6 +34,21 @@ def maps_of(seed):
 
 
 # ---- the calibration network -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 2), (1, 1)])
+def test_a_deformable_convolution_is_torchvisions_with_its_gradients(size):
+    torch.manual_seed(0)
+    # Far offsets leave the map. None is a whole number: there the interpolation has a kink.
+    parts = [torch.randn(2, 4, *size), 2 * torch.randn(2, 18, *size) + 1e-3, torch.randn(3, 4, 3, 3)]
+    ours, theirs = ([part.clone().requires_grad_() for part in parts] for _ in range(2))
+    found, expected = deformable_convolution(*ours), deform_conv2d(*theirs, padding=1)
+    assert found.shape == (2, 3, *size)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    mask = torch.randn_like(found)
+    for one, other in zip(torch.autograd.grad((found * mask).sum(), ours),
+                          torch.autograd.grad((expected * mask).sum(), theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_local_calibration_begins_as_an_ordinary_convolution_whose_places_can_be_learned():
