@@ -231,14 +231,15 @@ def test_the_real_step_is_measured_and_leaves_the_process_as_it_was(unknown):
 
 def test_every_process_takes_what_the_first_has_measured(tmp_path):
     (tmp_path / "worker.py").write_text(f"""
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {str(PROJECT)!r})
 from common import precision, runtime
 cpu = torch.device("cpu")
 runtime.start_processes(cpu)
 precision.known_precision = lambda device: None
 precision.measure = lambda step: (0.04, 0.015) if runtime.rank() == 0 else sys.exit("measured twice")
-print(f"process {{runtime.rank()}}:", precision.resolve_precision("auto", cpu), flush=True)
+line = f"process {{runtime.rank()}}: {{precision.resolve_precision('auto', cpu)}}\\n"
+os.write(1, line.encode())  # in one piece: both processes write at the same time
 runtime.stop_processes()
 """)
     done = run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "worker.py",
