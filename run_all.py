@@ -29,8 +29,8 @@ import dota_baseline_resnet50
 from common.charts import optional_picture
 from common.files import atomic_path, read_json, write_json
 from common.flags import add_flags, flag_text, with_flags
+from common.run_folder import is_extended, is_finished
 from common.runtime import UserError, resolve_device, run_script, say
-from common.training import is_extended, is_finished
 from recognition import report
 from recognition.engine import check_run
 from recognition.job_queue import Job, run_jobs, slots

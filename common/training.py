@@ -1,7 +1,6 @@
 """The training loop of any network: steps and epochs, with checkpoints from which a run goes on as if it had never been
 stopped. The network, its data and its losses are up to the caller."""
 
-import contextlib
 import importlib.util
 import json
 import time
@@ -14,19 +13,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.files import (
-    append_json_line,
-    atomic_path,
-    load_checkpoint,
-    locked,
-    read_json,
-    read_json_lines,
-    remove_partials,
-    save_checkpoint,
-    write_json,
-)
-from common.flags import was_trained
-from common.precision import PRECISIONS, computes_in, known_precision, resolve_precision
+from common.files import append_json_line, atomic_path, load_checkpoint, read_json_lines, save_checkpoint
+from common.run_folder import is_resumed, last_checkpoint
 from common.runtime import (
     Stopped,
     StopSignals,
@@ -142,98 +130,6 @@ def sgd(parameters: Iterable[torch.nn.Parameter], settings: Any, device: torch.d
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
                            fused=device.type in ("cpu", "cuda"))
-
-
-class RunFolder:
-    """The folder of a run, which is this run's alone while entered: its settings.json is locked. Entered before the run
-    is read from there; `record` then writes settings.json for a new or extended run, and removes what killed processes
-    have left.
-    Both act on the first process only, and raise UserError where another run is at work in the folder."""
-
-    def __init__(self, settings: Any):
-        self.settings = settings
-        self.path = Path(settings.output) / "settings.json"
-        self.locks = contextlib.ExitStack()
-
-    def __enter__(self) -> "RunFolder":
-        self._lock()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.locks.close()
-
-    def record(self, identity: dict[str, Any], description: dict[str, Any]) -> None:
-        """identity: the run's `run_identity`. description: the metadata of its checkpoints."""
-        if rank() != 0:
-            return
-        if not self.is_locked:  # another run may have begun since
-            self._lock()
-        remove_partials(self.path.parent)
-        extended = is_extended(self.settings)
-        if extended:
-            self.path.with_name("results.json").unlink(missing_ok=True)  # of fewer epochs
-        if extended or not was_trained(self.path.parent):
-            machine = {key: description[key] for key in ("dataset", "device", "processes", "versions")}
-            write_json(self.path, {**identity, **machine})
-            self._lock()  # this file has taken the place of the one that was locked
-
-    def _lock(self) -> None:
-        self.is_locked = rank() == 0 and self.path.is_file()
-        if self.is_locked:
-            self.locks.enter_context(locked(self.path))
-
-
-def settings_begun_with(settings: Any) -> dict[str, Any]:
-    """What settings.json holds of the run to be resumed; nothing if there is no such run."""
-    path = Path(settings.output) / "settings.json"
-    record = read_json(path) if settings.resume and path.exists() else {}
-    return record if isinstance(record, dict) else {}
-
-
-def is_extended(settings: Any) -> bool:
-    """Whether the run to be resumed was begun with fewer --epochs."""
-    epochs = settings_begun_with(settings).get("epochs")
-    return isinstance(epochs, int) and epochs < settings.epochs and was_trained(Path(settings.output))
-
-
-def is_finished(settings: Any) -> bool:
-    """Whether the run to be resumed is finished: it has been tested, which is the last thing that a run does."""
-    return settings.resume and (Path(settings.output) / "results.json").exists() and not is_extended(settings)
-
-
-def say_finished(settings: Any) -> None:
-    """Print that there is nothing left to do."""
-    say(f"{Path(settings.output)}: is finished already, see results.json there")
-
-
-def run_precision(settings: Any, device: torch.device) -> str:
-    """The precision that a run trains in, `fp32` or `bf16`, the first process's on all of them: that of --precision. A
-    run resumed with `auto` keeps the precision it was begun in, whatever `auto` would be now, and says so."""
-    if settings.precision != "auto":
-        return resolve_precision(settings.precision, device)
-    choices = ("auto", *PRECISIONS)
-    begun = precision_begun_in(settings, device) if rank() == 0 else "auto"
-    kept = choices[max_over_processes(choices.index(begun), device)]
-    if kept not in ("auto", known_precision(device)):
-        say(f"precision {kept}, in which this run was begun: --precision auto keeps it")
-    return resolve_precision(kept, device)
-
-
-def precision_begun_in(settings: Any, device: torch.device) -> str:
-    """The precision that the run to be resumed was begun in; `auto` if there is no such run, or the device does not
-    support it."""
-    precision = settings_begun_with(settings).get("precision")
-    return precision if precision in PRECISIONS and computes_in(precision, device) else "auto"
-
-
-def is_resumed(settings: Any) -> bool:
-    """Whether --resume is given and there is a checkpoint to go on from."""
-    return settings.resume and last_checkpoint(settings).exists()
-
-
-def last_checkpoint(settings: Any) -> Path:
-    """The file of the checkpoint that a run is resumed from."""
-    return Path(settings.output) / "last.pt"
 
 
 def resume(run: TrainingRun) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from common.charts import optional_picture
 from common.files import read_json_lines, save_checkpoint, sha256_of
-from common.flags import check_output
 from common.images import ValueRange, value_range_entry, value_range_of, value_range_text
+from common.run_folder import RunFolder, check_output, is_finished, is_resumed, run_precision, say_finished
 from common.runtime import (
     UserError,
     autocast,
@@ -28,15 +28,10 @@ from common.runtime import (
     world_size,
 )
 from common.training import (
-    RunFolder,
     TrainingRun,
     check_batch_norm_has_pixels,
     check_common_settings,
-    is_finished,
-    is_resumed,
     resume,
-    run_precision,
-    say_finished,
     sgd,
     to_device,
     train_epochs,

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.charts import optional_picture
 from common.files import read_json, sha256_of, write_json
-from common.flags import check_test_output
 from common.images import ValueRange
 from common.precision import precision_of_test
+from common.run_folder import check_test_output
 from common.runtime import (
     UserError,
     autocast,

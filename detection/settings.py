@@ -7,17 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.flags import (
-    check_range,
-    check_test_flags,
-    epochs_list,
-    expects,
-    parse_flags,
-    run_identity,
-    setting,
-    with_flags,
-)
+from common.flags import check_range, check_test_flags, epochs_list, expects, parse_flags, setting, with_flags
 from common.images import low_and_high
+from common.run_folder import run_identity
 from common.runtime import UserError
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.network.backbone import DCN, DEPTHS, FAMILIES, is_backbone

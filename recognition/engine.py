@@ -10,7 +10,7 @@ import torch
 
 from common.charts import optional_picture
 from common.files import save_checkpoint, sha256_of
-from common.flags import check_output
+from common.run_folder import RunFolder, check_output, is_finished, run_precision, say_finished
 from common.runtime import (
     UserError,
     autocast,
@@ -23,17 +23,7 @@ from common.runtime import (
     sum_over_processes,
     world_size,
 )
-from common.training import (
-    RunFolder,
-    check_batch_norm_has_pixels,
-    check_common_settings,
-    is_finished,
-    run_precision,
-    say_finished,
-    to_device,
-    train_epochs,
-    trained_form,
-)
+from common.training import check_batch_norm_has_pixels, check_common_settings, to_device, train_epochs, trained_form
 from dataset import GROUPS, fingerprint, network_input
 from recognition import report
 from recognition.distillation import imitate, sums_by_class

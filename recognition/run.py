@@ -13,8 +13,9 @@ from ClassAwareSampler import (
     ShuffledBatchSampler,
 )
 from common.images import value_range_entry
+from common.run_folder import is_resumed
 from common.runtime import device_name, library_versions, rank, say, world_size
-from common.training import UNCHECKED_STEPS, TrainingRun, is_resumed, resume, sgd
+from common.training import UNCHECKED_STEPS, TrainingRun, resume, sgd
 from dataset import ImageDataset, class_counts, describe
 from recognition.feature_cache import FeatureCache, open_feature_cache
 from recognition.losses import CosineClassifier, adjust_logits

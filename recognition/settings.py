@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.flags import check_range, check_test_flags, epochs_list, parse_flags, run_identity, setting, with_flags
+from common.flags import check_range, check_test_flags, epochs_list, parse_flags, setting, with_flags
+from common.run_folder import run_identity
 from dataset import GROUPS
 
 TEACHER_BATCH_NORM = ("train", "own", "recalibrated", "eval")  # the first is the default

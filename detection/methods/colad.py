@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from common.flags import setting
+from common.run_folder import is_resumed
 from common.runtime import UserError, say
-from common.training import is_resumed
 from detection.assigners.paa import assign_by_paa_of_two
 from detection.assigners.targets import Targets
 from detection.checkpoint import load_detector

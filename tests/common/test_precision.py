@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import baseline_resnet50
-from common import precision, training
+from common import precision, run_folder
 from common.precision import known_precision, measure, resolve_precision
 from common.runtime import UserError
 from demo.draw_scenes import write_demo
@@ -261,7 +261,7 @@ def without_precision(flags):
 
 def is_fast(monkeypatch, name):
     """Let the rule say that a precision is the fast one."""
-    for module in (precision, training):
+    for module in (precision, run_folder):
         monkeypatch.setattr(module, "known_precision", lambda device: name)
 
 
@@ -274,10 +274,10 @@ def resumed(tmp_path):
 
 def test_a_resumed_run_keeps_its_precision_and_says_so(monkeypatch, resumed, capsys):
     is_fast(monkeypatch, "bf16")
-    assert training.run_precision(resumed, CPU) == "fp32"
+    assert run_folder.run_precision(resumed, CPU) == "fp32"
     assert capsys.readouterr().out == "precision fp32, in which this run was begun: --precision auto keeps it\n"
     is_fast(monkeypatch, "fp32")
-    assert training.run_precision(resumed, CPU) == "fp32" and capsys.readouterr().out == ""
+    assert run_folder.run_precision(resumed, CPU) == "fp32" and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("record", [None, {}, [], {"precision": "fp8"}, {"precision": ["fp32"]}])
@@ -285,7 +285,7 @@ def test_without_a_recorded_precision_the_rule_decides(monkeypatch, resumed, rec
     is_fast(monkeypatch, "bf16")
     path = Path(resumed.output) / "settings.json"
     path.unlink() if record is None else path.write_text(json.dumps(record))
-    assert training.run_precision(resumed, CPU) == "bf16"
+    assert run_folder.run_precision(resumed, CPU) == "bf16"
 
 
 def test_a_device_without_bf16_at_all_does_not_keep_it(monkeypatch):

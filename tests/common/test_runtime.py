@@ -13,9 +13,8 @@ import baseline_cl_t2
 import baseline_cl_t3
 import baseline_resnet50
 from common.files import atomic_path, read_json, save_checkpoint, write_json
-from common.flags import check_output
+from common.run_folder import RunFolder, check_output
 from common.runtime import UserError, resolve_device, run_script
-from common.training import RunFolder
 from recognition import engine
 from recognition.settings import (
     Settings,

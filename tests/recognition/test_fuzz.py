@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import baseline_resnet50
 from common.files import read_json
-from common.flags import check_output
+from common.run_folder import check_output
 from common.runtime import UserError
 from dataset import DatasetInfo, fingerprint, read_info, read_list
 from recognition import evaluation
