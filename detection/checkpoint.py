@@ -11,7 +11,7 @@ from common.files import check_entries, is_metadata, load_checkpoint
 from common.images import ValueRange, is_value_range, value_range_entry
 from common.runtime import UserError
 from detection.data.transforms import MEAN, STD
-from detection.geometry.anchors import SQUARE, STRIDES, AnchorGrid
+from detection.geometry.anchors import FACTORS, SQUARE, STRIDES, AnchorGrid
 from detection.network.backbone import is_backbone
 from detection.network.detector import HEADS, Architecture, Detector
 from detection.network.paa_head import AUXILIARIES, COP_PADDINGS
@@ -26,7 +26,7 @@ CHOICES = {"head": tuple(HEADS), "auxiliary": AUXILIARIES, "cop_padding": tuple(
 
 def describe_model(architecture: Architecture) -> dict[str, Any]:
     """The Architecture as plain values, and the parameters of the anchors, which a teacher must share."""
-    return {**dataclasses.asdict(architecture), **describe_anchors(architecture.kind.grid)}
+    return {**dataclasses.asdict(architecture), **describe_anchors(architecture.grid)}
 
 
 def describe_anchors(grid: AnchorGrid) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def empty_detector(path: str | Path, description: dict[str, Any]) -> Detector:
 
     Raises UserError, naming the file at `path`, for anchors or normalisation that are not those of this project."""
     architecture = architecture_of(description["model"])
-    expected = {**describe_anchors(architecture.kind.grid), "mean": list(MEAN), "std": list(STD)}
+    expected = {**describe_anchors(architecture.grid), "mean": list(MEAN), "std": list(STD)}
     found = {"anchor_ratios": SQUARE_RATIOS, **description["model"], **description["preprocessing"]}
     for name, value in expected.items():
         if found.get(name) != value:
@@ -108,6 +108,7 @@ def is_description(value: Any) -> bool:
         return False
     model, preprocessing = {"anchor_ratios": SQUARE_RATIOS, **value["model"]}, value["preprocessing"]
     in_range = all(type(model.get(name)) is int and low <= model[name] <= high for name, (low, high) in RANGES.items())
+    anchor_size = model.get("anchor_size", 1.0)
     pixels = [preprocessing.get(name) for name in ("short", "long")]
     fixed = [model.get(name) for name in ("strides", "anchor_scale", "anchor_ratios", "anchor_offset")]
     fixed += [preprocessing.get(name) for name in ("mean", "std")]
@@ -116,6 +117,7 @@ def is_description(value: Any) -> bool:
     return (in_range and small and model["channels"] % 32 == 0
             and is_backbone(model.get("depth"), model.get("backbone", "resnet"), model.get("dcn", "none"))
             and type(model.get("quality")) is bool
+            and type(anchor_size) in (int, float) and FACTORS[0] <= anchor_size <= FACTORS[1]
             and all(model.get(name, choices[0]) in choices for name, choices in CHOICES.items())
             and model["reg_max"] >= HEADS[model.get("head", "gfl")].least_reg_max
             and all(type(side) is int and 32 <= side <= 1e5 for side in pixels)

@@ -11,6 +11,7 @@ from common.flags import check_range, check_test_flags, epochs_list, expects, pa
 from common.images import low_and_high
 from common.run_folder import run_identity
 from common.runtime import UserError
+from detection.geometry.anchors import FACTORS
 from detection.geometry.suppression import SUPPRESSIONS
 from detection.network.backbone import DCN, DEPTHS, FAMILIES, is_backbone
 
@@ -61,6 +62,8 @@ class Settings:
     dcn: str = setting("none", "the stages of the backbone with deformable convolutions (DCNv2)", choices=tuple(DCN))
     channels: int = setting(256, "of the feature pyramid and the head, a multiple of 32, at least 64")
     tower_convs: int = setting(4, "convolutions of each tower of the head")
+    anchor_size: float = setting(1.0, "sides of the anchors, in those of the published ones; below 1 for small objects",
+                                 type=float)
     augment: str = setting("flip", "training images are mirrored left to right at random (flip, published), or also "
                                    "turned by quarters (dihedral), as scenes from above allow",
                            choices=("flip", "dihedral"))
@@ -110,7 +113,7 @@ class Settings:
     def ranges(self) -> tuple[tuple[str, float, float], ...]:
         """[(name, lowest, highest)] of the settings that are numbers."""
         return (("epochs", 1, 1e6), ("batch_size", 1, 1e6), ("channels", 64, 4096), ("tower_convs", 0, 16),
-                ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
+                ("anchor_size", *FACTORS), ("lr", 1e-12, 1e3), ("warmup_steps", 0, 1e9), ("momentum", 0, 1),
                 ("weight_decay", 0, 1e3), ("clip", 0, 1e9), ("repeat", 1, 1e6), ("long", 32, 1e5),
                 ("workers", 0, 1024), ("test_every", 0, 1e6), ("save_steps", 0, 1e9))
 

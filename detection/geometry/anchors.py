@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 STRIDES = (8, 16, 32, 64, 128)  # pixels of the input image between two locations of P3, ..., P7
+FACTORS = (0.125, 8.0)  # range of AnchorGrid.scaled
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class AnchorGrid:
     def shapes(self) -> list[tuple[float, float]]:
         """[(width, height)] in strides."""
         return [(scale / math.sqrt(ratio), scale * math.sqrt(ratio)) for ratio in self.ratios for scale in self.scales]
+
+    def scaled(self, factor: float) -> "AnchorGrid":
+        """The grid of anchors whose sides are `factor` times as long."""
+        return self if factor == 1 else AnchorGrid(tuple(scale * factor for scale in self.scales), self.ratios)
 
 
 SQUARE = AnchorGrid((8,), (1.0,))  # of ATSS (Zhang et al., CVPR 2020), as GFL uses it

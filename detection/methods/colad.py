@@ -36,7 +36,8 @@ class CoLADSettings(paa.PAASettings):
 def peer_architecture(settings: CoLADSettings) -> Architecture:
     """The peer that the settings describe."""
     return Architecture(settings.peer_depth, settings.channels, settings.tower_convs, head="paa",
-                        auxiliary=settings.peer_auxiliary, cop_padding=settings.cop_padding)
+                        auxiliary=settings.peer_auxiliary, cop_padding=settings.cop_padding,
+                        anchor_size=settings.anchor_size)
 
 
 def companions(num_classes: int, settings: CoLADSettings) -> dict[str, torch.nn.Module]:
@@ -53,9 +54,12 @@ def companions(num_classes: int, settings: CoLADSettings) -> dict[str, torch.nn.
 def peer_of_checkpoint(num_classes: int, settings: CoLADSettings) -> Detector:
     """The peer that --init-peer holds."""
     source, description = load_detector(settings.init_peer)
-    if source.architecture.head != "paa" or source.num_classes != num_classes:
-        raise UserError(f"--init-peer {settings.init_peer}: a {source.architecture.head} detector of "
-                        f"{source.num_classes} classes; expected paa and {num_classes}")
+    found = (source.architecture.head, source.num_classes, source.architecture.anchor_size)
+    expected = ("paa", num_classes, settings.anchor_size)
+    if found != expected:
+        head, classes, size = found
+        raise UserError(f"--init-peer {settings.init_peer}: a {head} detector of {classes} classes with anchors of size "
+                        f"{size:g}; expected {expected[0]}, {expected[1]} and {expected[2]:g}")
     peer = Detector(num_classes, source.architecture, settings.frozen)
     peer.load_state_dict(source.state_dict())
     if not is_resumed(settings):

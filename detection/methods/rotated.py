@@ -48,7 +48,7 @@ class RotatedSettings(Settings):
 def architecture(settings: RotatedSettings) -> Architecture:
     """The detector that the settings describe."""
     return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, head="rotated",
-                        backbone=settings.backbone, dcn=settings.dcn)
+                        backbone=settings.backbone, dcn=settings.dcn, anchor_size=settings.anchor_size)
 
 
 def assign(step: Step) -> Targets:

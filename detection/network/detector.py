@@ -31,11 +31,17 @@ class Architecture:
     dcn: str = "none"  # of DCN: where the backbone is deformable
     auxiliary: str = "iou"  # of paa_head.AUXILIARIES; of the head paa
     cop_padding: str = "prob0"  # of paa_head.COP_PADDINGS; of the head paa
+    anchor_size: float = 1.0  # sides of the anchors, in those of the head's grid
 
     @property
     def kind(self) -> "HeadKind":
         """What goes with the head."""
         return HEADS[self.head]
+
+    @property
+    def grid(self) -> AnchorGrid:
+        """The anchors of a location."""
+        return self.kind.grid.scaled(self.anchor_size)
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,8 @@ class HeadKind:
     """A head, and what of the detector goes with it.
 
     build: the head of C classes and an Architecture. Its outputs have `logits`, `features`, `scores`, `boxes(anchors)`
-    and `sizes`, as gfl_head.Outputs. grid: the anchors of a location. p6_of_c5: see FeaturePyramid. oriented: whether
-    its boxes are, (..., 5). selection: which of them are detections. least_reg_max: of the Architecture."""
+    and `sizes`, as gfl_head.Outputs. grid: the published anchors of a location. p6_of_c5: see FeaturePyramid. oriented:
+    whether its boxes are, (..., 5). selection: which of them are detections. least_reg_max: of the Architecture."""
 
     build: Callable[[int, Architecture], nn.Module]
     grid: AnchorGrid = SQUARE
@@ -96,7 +102,7 @@ class Detector(nn.Module):
 
     def anchors(self, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Anchors:
         """The Anchors that the head predicts for. sizes: ((H_l, W_l), ...) of the levels."""
-        return make_anchors(sizes, device, self.architecture.kind.grid)
+        return make_anchors(sizes, device, self.architecture.grid)
 
     def suppression(self, name: str) -> str:
         """The name of the suppression that `name` asks for: see Selection.named."""

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from detection.geometry.anchors import SQUARE, STRIDES, make_anchors, pyramid_sizes, valid_anchors
+from detection.geometry.anchors import RETINA, SQUARE, STRIDES, make_anchors, pyramid_sizes, valid_anchors
+from detection.methods import colad, gfl, paa, rotated
+from detection.network.detector import Detector
 
 FULL = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # of 800 x 1344
 SMALL = ((12, 8), (6, 4), (3, 2), (2, 1), (1, 1))  # of 96 x 64
@@ -46,6 +48,26 @@ def test_squares_of_8_strides_around_their_centres(full):
     assert torch.equal((full.boxes[:, :2] + full.boxes[:, 2:]) / 2, full.centres)
     assert full.boxes[0].tolist() == [-32, -32, 32, 32]  # no offset of half a stride
     assert sorted(set(sides[:, 0].tolist())) == [64, 128, 256, 512, 1024]
+
+
+def test_a_grid_with_anchors_of_half_the_size():
+    grid = RETINA.scaled(0.5)
+    assert (grid.scales, grid.ratios) == (tuple(2 * 2 ** (octave / 3) for octave in range(3)), RETINA.ratios)
+    published, half = (make_anchors(SMALL, grid=each) for each in (RETINA, grid))
+    torch.testing.assert_close(2 * (half.boxes[:, 2:] - half.boxes[:, :2]),
+                               published.boxes[:, 2:] - published.boxes[:, :2])
+    assert torch.equal(half.centres, published.centres) and SQUARE.scaled(1) is SQUARE
+
+
+@pytest.mark.parametrize("architecture, settings, published", [
+    (gfl.architecture, gfl.GFLSettings, 64), (paa.architecture, paa.PAASettings, 64),
+    (colad.peer_architecture, colad.CoLADSettings, 64), (rotated.architecture, rotated.RotatedSettings, 32)])
+def test_every_detector_has_anchors_of_the_size_in_its_settings(architecture, settings, published):
+    for factor in (1.0, 0.25):
+        with torch.device("meta"):
+            network = Detector(1, architecture(settings(depth=18, channels=64, tower_convs=0, anchor_size=factor)))
+        first = network.anchors(SMALL, torch.device("cpu")).boxes[0].tolist()
+        assert first == [-published * factor / 2] * 2 + [published * factor / 2] * 2
 
 
 def test_centres_row_by_row():

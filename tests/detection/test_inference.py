@@ -236,6 +236,7 @@ def test_a_checkpoint_that_names_neither_head_nor_backbone_has_those_of_gfl_on_a
     {"model__tower_convs": 1000}, {"model__reg_max": 3}, {"model__reg_max": True}, {"model__quality": 1},
     {"model__head": "rcnn"}, {"model__head": ["gfl"]}, {"model__backbone": "vit"}, {"model__backbone": ["resnet"]},
     {"model__dcn": "c2-c5"}, {"model__dcn": True}, {"model__backbone": "resnext"}, {"model__dcn": "c3-c5"},
+    {"model__anchor_size": 0}, {"model__anchor_size": "1"}, {"model__anchor_size": float("nan")},
     {"preprocessing__short": 0}, {"preprocessing__long": None}, {"preprocessing__long": 10**9},
     {"model__anchor_scale": torch.ones(2)}, {"model__strides": [torch.ones(2)] * 5}, {"model__strides": None},
     {"preprocessing__mean": torch.ones(3)}, {"preprocessing__value_range": [2047, 0]},
@@ -249,6 +250,7 @@ def test_a_description_that_is_none_is_refused(tmp_path, changes):
 @pytest.mark.parametrize("changes, words", [
     ({"model__strides": [8, 16, 32, 64]}, "its strides is [8, 16, 32, 64]; expected [8, 16, 32, 64, 128]"),
     ({"model__anchor_scale": 4}, "its anchor_scale is 4; expected 8"),
+    ({"model__anchor_size": 0.5}, "its anchor_scale is 8; expected 4"),
     ({"model__anchor_offset": 0.5}, "its anchor_offset is 0.5; expected 0"),
     ({"preprocessing__mean": [0, 0, 0]}, "its mean is [0, 0, 0]; expected [123.675, 116.28, 103.53]"),
     ({"preprocessing__std": [1, 1, 1]}, "its std is [1, 1, 1]; expected [58.395, 57.12, 57.375]")])

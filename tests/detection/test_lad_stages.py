@@ -205,7 +205,10 @@ def test_the_positive_anchors_of_two_detectors_are_drawn_side_by_side(runs, scen
     (train_lad, ("--teacher", "no.pt"), "no such checkpoint; train one with python -m detection.train_paa"),
     (train_colad, ("--init-peer", "no.pt"), "no.pt"),
     (train_lad, ("--teacher", "{gfl}"), "differ in head: 'gfl' in the teacher, 'paa' in the student"),
-    (train_colad, ("--init-peer", "{gfl}"), "a gfl detector of 3 classes; expected paa and 3"),
+    (train_colad, ("--init-peer", "{gfl}"), "a gfl detector of 3 classes with anchors of size 1; expected paa, 3 "
+     "and 1"),
+    (train_lad, ("--teacher", "{paa}", "--anchor-size", "0.5"), "differ in anchor_scale: 8 in the teacher, 4.0 in"),
+    (train_colad, ("--init-peer", "{paa}", "--anchor-size", "0.5"), "expected paa, 3 and 0.5"),
     (train_lad, ("--teacher", "no.pt", "--kd-min-iou", "2"), "--kd-min-iou 2.0: expected 0 to 1"),
 ])
 def test_what_does_not_fit_is_one_line(flags, runs, tmp_path, capsys, script, more, words):
@@ -215,7 +218,7 @@ def test_what_does_not_fit_is_one_line(flags, runs, tmp_path, capsys, script, mo
         name: value for name, value in {**checkpoint["description"]["model"], "head": "gfl"}.items()
         if name not in ("auxiliary", "cop_padding")}}  # as it was before there were others
     torch.save({"model": gfl.state_dict(), "description": description}, tmp_path / "gfl.pt")
-    more = [flag.format(gfl=tmp_path / "gfl.pt") for flag in more]
+    more = [flag.format(gfl=tmp_path / "gfl.pt", paa=runs / "paa" / "final.pt") for flag in more]
     assert run_detector(script, *flags, *more, "--output", tmp_path / "run") == 2
     error = error_line(capsys)
     assert words in error and not (tmp_path / "run" / "last.pt").exists()
