@@ -58,8 +58,8 @@ def peer_of_checkpoint(num_classes: int, settings: CoLADSettings) -> Detector:
     expected = ("paa", num_classes, settings.anchor_size)
     if found != expected:
         head, classes, size = found
-        raise UserError(f"--init-peer {settings.init_peer}: a {head} detector of {classes} classes with anchors of size "
-                        f"{size:g}; expected {expected[0]}, {expected[1]} and {expected[2]:g}")
+        raise UserError(f"--init-peer {settings.init_peer}: a {head} detector of {classes} classes with anchors of "
+                        f"size {size:g}; expected {expected[0]}, {expected[1]} and {expected[2]:g}")
     peer = Detector(num_classes, source.architecture, settings.frozen)
     peer.load_state_dict(source.state_dict())
     if not is_resumed(settings):
