@@ -6,7 +6,6 @@ of the image's name without suffix, a score, and four points in pixels of the wh
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +68,7 @@ def _files(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 file = name.rpartition("/")[2]
                 if file.startswith(PREFIX) and file.endswith(SUFFIX):
                     yield file[len(PREFIX):-len(SUFFIX)], f"{path}/{name}", archive.read(name)
-    # A damaged archive can make zipfile raise these; NotImplementedError and RuntimeError: of encryption.
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # encrypted, compressed otherwise, damaged: zipfile and its decompressors raise anything
         raise UserError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error}); expected a folder "
                         "or a .zip of detections") from None
 

@@ -200,6 +200,29 @@ def test_a_class_has_one_file(tmp_path):
         read_submission(tmp_path / "two.zip")
 
 
+@pytest.mark.parametrize(("method", "flags", "named", "damaged", "reason"), [
+    (zipfile.ZIP_STORED, 1, zipfile.ZIP_STORED, 0, "is encrypted, password required for extraction"),
+    (zipfile.ZIP_STORED, 0, 97, 0, "That compression method is not supported"),
+    (zipfile.ZIP_LZMA, 0, zipfile.ZIP_LZMA, 20, "Corrupt input data"),
+])
+def test_an_archive_that_cannot_be_unpacked_is_one_line(tmp_path, method, flags, named, damaged, reason):
+    """Encrypted, compressed by a method that Python does not know, or with `damaged` last bytes of its content."""
+    path = tmp_path / "bad.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("Task1_ship.txt", f"{GOOD}\n" * 50)
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    for header in (0, directory + 2):  # the file's own, and its copy in the directory
+        content[header + 6] |= flags
+        content[header + 8] = named
+    for place in range(directory - damaged, directory):
+        content[place] ^= 0x5A
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="could not be read .*; expected a folder or a .zip of detections") as error:
+        read_submission(path)
+    assert str(error.value).startswith(str(path)) and reason in str(error.value) and "\n" not in str(error.value)
+
+
 def test_submissions_of_garbage_are_one_line(tmp_path):
     generator, outcomes = random.Random(0), set()
     write_submission(tmp_path / "good.zip", {}, ["ship", "plane"])
