@@ -39,7 +39,7 @@ from common.training import (
 )
 from detection import pictures
 from detection.assigners.targets import ground_truth
-from detection.checkpoint import describe_model, describe_preprocessing, initialise_detector
+from detection.checkpoint import describe_model, describe_preprocessing, initialise_detector, load_detector
 from detection.data.annotations import check_apart, fingerprint, for_training, read_annotations
 from detection.data.batches import AspectRatioBatchSampler, Batch, DetectionDataset, loader
 from detection.data.records import Annotations
@@ -155,7 +155,9 @@ def train(method: Method, settings: Settings, device: torch.device) -> None:
             with optional_picture(folder / "curves.png") as path:
                 pictures.draw_curves(read_json_lines(folder / "log.jsonl"), path)
         for name in run.detectors:
-            test(dataclasses.replace(settings, output=str(folder / name)), folder / name / "final.pt", device)
+            weights = folder / name / "final.pt"
+            test(dataclasses.replace(settings, output=str(folder / name)), weights, *load_detector(weights),
+                 test_annotations, device)
 
 
 def train_value_range(settings: Settings, annotations: Annotations) -> list[int] | None:

@@ -122,14 +122,15 @@ def cost(network: Detector, preprocessing: dict[str, Any], device: torch.device,
             "cost_image_size": [height, width]}
 
 
-def test(settings: Settings, weights: str | Path, device: torch.device) -> dict[str, Any] | None:
+def test(settings: Settings, weights: str | Path, network: Detector, description: dict[str, Any],
+         annotations: Annotations, device: torch.device) -> dict[str, Any] | None:
     """Test a checkpoint: print the table, and write results.json, precision_recall.png, detections.png, of a COCO file
     detections.json (COCO's results format), and by DOTA's metric submission.zip into `settings.output`. Returns the
-    results on the first process, None on the others."""
+    results on the first process, None on the others.
+
+    settings: those of `settings_of_test`. network, description: of the checkpoint `weights`. annotations: those of
+    `read_test_annotations`."""
     folder = Path(settings.output)
-    network, description = load_detector(weights)
-    settings = settings_of_test(settings, network.architecture.kind)
-    annotations = read_test_annotations(settings, description["classes"])
     precision = precision_of_test(settings.precision, device)
     say(f"testing {weights} on {settings.test}: {len(annotations.records)} images")
     network.to(device, memory_format=torch.channels_last)
@@ -198,12 +199,14 @@ def test_only(settings: Settings, device: torch.device) -> None:
     folder = Path(settings.output)
     weights = Path(settings.weights or folder / "final.pt")
     check_test_output(settings, weights)
+    network, description = load_detector(weights)
+    settings = settings_of_test(settings, network.architecture.kind)
     earlier = folder / "results.json"
     if earlier.exists():
-        tested, (network, _) = with_suppression(read_json(earlier)), load_detector(weights)
-        settings = settings_of_test(settings, network.architecture.kind)
+        tested = with_suppression(read_json(earlier))
         identity = {"weights_sha256": sha256_of(weights), "settings": test_settings(settings)}
         if not isinstance(tested, dict) or any(tested.get(name) != value for name, value in identity.items()):
             raise UserError(f"{earlier}: is of other weights than {weights}, or of other images, metric or "
                             "suppression; give another --output")
-    test(settings, weights, device)
+    annotations = read_test_annotations(settings, description["classes"])
+    test(settings, weights, network, description, annotations, device)
