@@ -2,7 +2,7 @@
 published recipes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from detection.network.backbone import DCN, DEPTHS, FAMILIES, is_backbone
 
 # What the published schedules have in common are the defaults of Settings. Epochs are counted from 1, and lr_steps are
 # those that BEGIN with a lower learning rate: "12 epochs, steps 8 and 11" of a config are (9, 12) here.
+SCHEDULES = {"1x": {"epochs": 12, "lr_steps": (9, 12)}, "2x": {"epochs": 24, "lr_steps": (17, 23)}}
 RECIPES = {
-    "1x": {"epochs": 12, "lr_steps": (9, 12), "short": (800, 800)},
-    "2x": {"epochs": 24, "lr_steps": (17, 23), "short": (480, 800)},
+    "1x": {**SCHEDULES["1x"], "short": (800, 800)},
+    "2x": {**SCHEDULES["2x"], "short": (480, 800)},
     "voc": {"epochs": 4, "lr_steps": (4,), "batch_size": 6, "short": (800, 800), "repeat": 3, "metric": "voc07"},
     "voc-teacher": {"epochs": 16, "lr_steps": (13,), "batch_size": 6, "short": (800, 800), "repeat": 3,
                     "metric": "voc07"},
@@ -38,6 +39,11 @@ def sides(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
+def settings_of_recipes(recipes: Mapping[str, Mapping[str, Any]]) -> str:
+    """`1x: epochs, lr_steps; 2x: ...`, for the help of --recipe."""
+    return "; ".join(f"{name}: {', '.join(values)}" for name, values in recipes.items())
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings that all detectors have. The defaults are the published ones wherever there are any."""
@@ -50,8 +56,8 @@ class Settings:
     test_images: str = setting("", "folder of the images to test on, if it is another")
     output: str = setting("runs/{data}/{stage}", "the stage's own folder; {data} stands for the name of the folder "
                                                  "that --train lies in, {stage} for that of the stage")
-    recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
-        f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
+    recipe: str = setting("", "a published schedule, in place of the script's values for "
+                              + settings_of_recipes(RECIPES), choices=tuple(RECIPES))
     init: str = setting("imagenet", "what the backbone starts from: imagenet, a file, or none")
     init_detector: str = setting("", "checkpoint of a detector to start from instead, with pyramid and head; outputs "
                                      "for other classes start anew")

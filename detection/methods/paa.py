@@ -13,11 +13,10 @@ from detection.losses.paa import BOX_WEIGHT, paa_losses
 from detection.methods.method import Method, Step
 from detection.network.detector import Architecture
 from detection.network.paa_head import AUXILIARIES, COP_PADDINGS
-from detection.settings import Settings
+from detection.settings import SCHEDULES, Settings
 
 WEIGHTS = {"cls": 1.0, "box": BOX_WEIGHT, "iou": 0.5}
-RECIPES = {"1x": {"epochs": 12, "lr_steps": (9, 12), "short": (800, 800)},
-           "2x": {"epochs": 24, "lr_steps": (17, 23), "short": (640, 800)}}
+RECIPES = {"1x": {**SCHEDULES["1x"], "short": (800, 800)}, "2x": {**SCHEDULES["2x"], "short": (640, 800)}}
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,18 @@ from detection.geometry.oriented import circumscribed
 from detection.losses.rotated import BOX_LOSSES, BOX_NORMS, rotated_losses
 from detection.methods.method import Method, Step
 from detection.network.detector import Architecture
-from detection.settings import Settings
+from detection.settings import SCHEDULES, Settings, settings_of_recipes
 
 BOX_WEIGHTS = {"gwd": 5.0, "kld": 1.0, "smooth_l1": 1.0}
 POSITIVE, NEGATIVE = 0.5, 0.4  # IoU from which an anchor is positive; below which it is background
-RECIPES = {
-    "1x": {"epochs": 12, "lr_steps": (9, 12)},
-    "2x": {"epochs": 24, "lr_steps": (17, 23)},
-}
 
 
 @dataclass(frozen=True)
 class RotatedSettings(Settings):
     """The settings of a detector of oriented boxes."""
 
-    recipe: str = setting("", "a published schedule, in place of the script's values for " + "; ".join(
-        f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
+    recipe: str = setting("", "a published schedule, in place of the script's values for "
+                              + settings_of_recipes(SCHEDULES), choices=tuple(SCHEDULES))
     reg_max: int = setting(8, "bins of the distribution of each of a box's five deltas, less 1; 0 for a head that "
                               "predicts the deltas themselves")
     box_loss: str = setting("gwd", "loss of the boxes: gwd or kld between their Gaussians, or smooth_l1 of the deltas",
@@ -39,7 +35,7 @@ class RotatedSettings(Settings):
 
     @classmethod
     def recipes(cls) -> dict[str, dict[str, Any]]:
-        return RECIPES
+        return SCHEDULES
 
     def ranges(self) -> tuple[tuple[str, float, float], ...]:
         return (*super().ranges(), ("reg_max", 0, 64))

@@ -14,9 +14,10 @@ from detection.distillers.teacher import GRID, load_teacher
 from detection.geometry.oriented import circumscribed
 from detection.methods import rotated
 from detection.methods.method import Method, Step
+from detection.settings import SCHEDULES, settings_of_recipes
 
 DOTA_CLASSES = 15  # that the published weights of KD are tuned for
-STUDENT = {"depth": 18, **rotated.RECIPES["1x"]}
+STUDENT = {"depth": 18, **SCHEDULES["1x"]}
 RECIPES = {
     "gwd-r34": {**STUDENT, "box_loss": "gwd", "lambda_ld": 10.0, "lambda_kd": 20.0},
     "kld-r34": {**STUDENT, "box_loss": "kld", "lambda_ld": 15.0, "lambda_kd": 15.0},
@@ -30,8 +31,7 @@ class RotatedLDSettings(rotated.RotatedSettings):
     """The settings of a detector of oriented boxes that a frozen teacher teaches."""
 
     recipe: str = setting("", "the published settings of a ResNet-18 by box loss and ResNet of the teacher, in place "
-                              "of the script's values for " + "; ".join(
-        f"{name}: {', '.join(values)}" for name, values in RECIPES.items()), choices=tuple(RECIPES))
+                              "of the script's values for " + settings_of_recipes(RECIPES), choices=tuple(RECIPES))
     teacher: str = setting("runs/{data}/teacher/final.pt", "checkpoint of the teacher")
     lambda_ld: float = setting(10.0, "weight of LD")
     lambda_kd: float = setting(20.0, "weight of the classification's distillation for DOTA's 15 classes; for another "
