@@ -1,7 +1,7 @@
 """CoLAD: two PAA detectors that learn together and assign each other's anchors (Nguyen et al., WACV 2022). The
 student is the published network; the peer is kept and tested beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,9 +35,8 @@ class CoLADSettings(paa.PAASettings):
 
 def peer_architecture(settings: CoLADSettings) -> Architecture:
     """The peer that the settings describe."""
-    return Architecture(settings.peer_depth, settings.channels, settings.tower_convs, head="paa",
-                        auxiliary=settings.peer_auxiliary, cop_padding=settings.cop_padding,
-                        anchor_size=settings.anchor_size)
+    return replace(paa.architecture(settings), depth=settings.peer_depth, auxiliary=settings.peer_auxiliary,
+                   backbone="resnet", dcn="none")
 
 
 def companions(num_classes: int, settings: CoLADSettings) -> dict[str, torch.nn.Module]:

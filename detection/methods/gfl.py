@@ -29,8 +29,7 @@ class GFLSettings(Settings):
 
 def architecture(settings: GFLSettings) -> Architecture:
     """The detector that the settings describe."""
-    return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, settings.quality,
-                        backbone=settings.backbone, dcn=settings.dcn, anchor_size=settings.anchor_size)
+    return Architecture.of(settings, "gfl")
 
 
 def assign(step: Step) -> Targets:

@@ -40,9 +40,7 @@ class PAASettings(Settings):
 
 def architecture(settings: PAASettings) -> Architecture:
     """The detector that the settings describe."""
-    return Architecture(settings.depth, settings.channels, settings.tower_convs, head="paa", backbone=settings.backbone,
-                        dcn=settings.dcn, auxiliary=settings.auxiliary, cop_padding=settings.cop_padding,
-                        anchor_size=settings.anchor_size)
+    return Architecture.of(settings, "paa")
 
 
 def losses(step: Step, settings: PAASettings) -> dict[str, torch.Tensor]:

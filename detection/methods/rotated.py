@@ -43,8 +43,7 @@ class RotatedSettings(Settings):
 
 def architecture(settings: RotatedSettings) -> Architecture:
     """The detector that the settings describe."""
-    return Architecture(settings.depth, settings.channels, settings.tower_convs, settings.reg_max, head="rotated",
-                        backbone=settings.backbone, dcn=settings.dcn, anchor_size=settings.anchor_size)
+    return Architecture.of(settings, "rotated")
 
 
 def assign(step: Step) -> Targets:

@@ -1,7 +1,7 @@
 """The detector: backbone, feature pyramid, head."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Architecture:
     auxiliary: str = "iou"  # of paa_head.AUXILIARIES; of the head paa
     cop_padding: str = "prob0"  # of paa_head.COP_PADDINGS; of the head paa
     anchor_size: float = 1.0  # sides of the anchors, in those of the head's grid
+
+    @classmethod
+    def of(cls, settings: Any, head: str) -> "Architecture":
+        """That of a detector with this head which the settings of the same names describe."""
+        return cls(**{each.name: getattr(settings, each.name, each.default) for each in fields(cls)} | {"head": head})
 
     @property
     def kind(self) -> "HeadKind":
