@@ -75,7 +75,7 @@ class LocalCalibration(DeformConv2d):
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         """feature: (N, channels, H, W). Returns the same shape. Samples in fp32."""
-        offsets = self.offsets(feature).float()
+        offsets = as_places(self.offsets(feature).float())
         if feature.device.type == "cpu":
             return deformable_convolution(feature, offsets, self.weight)
-        return super().forward(feature.float(), as_places(offsets))
+        return super().forward(feature.float(), offsets)

@@ -1,4 +1,7 @@
-"""Deformable convolutions."""
+"""Deformable convolutions.
+
+Backbones have torchvision's operator, with strides, groups and modulations. `deformable_convolution` is the plain kind
+of LTD, which is trained on CPUs too, where that operator is the slowest part of a step."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +21,8 @@ def convolution_flops(x: Sequence[int], weight: Sequence[int], *_: Any, out_shap
 
 
 def as_places(offsets: torch.Tensor) -> torch.Tensor:
-    """Offsets in which NaN is 0: it would pass the operator's checks that a place is within the map. A network that has
-    diverged ends by its loss all the same, as the map that is sampled has NaN too."""
+    """Offsets in which NaN is 0: it would pass the checks that a place is within the map. A network that has diverged
+    ends by its loss all the same, as the map that is sampled has NaN too."""
     return offsets.nan_to_num()
 
 
@@ -51,7 +54,7 @@ def deformable_convolution(feature: torch.Tensor, offsets: torch.Tensor, weight:
     """Deformable convolution (Dai et al., ICCV 2017) by a 3x3 kernel, with zeros around the map.
 
     feature: (N, C, H, W). offsets: (N, 18, H, W), for each of the 9 taps, row by row, its shift in y and in x, in
-    pixels. weight: (C', C, 3, 3). Returns (N, C', H, W).
+    pixels, none NaN. weight: (C', C, 3, 3). Returns (N, C', H, W).
 
     Values and gradients are those of torchvision.ops.deform_conv2d, whose kernel for CPUs goes pixel by pixel: with it
     a training step of LTD takes two to four times as long there. A sample here is a weighted sum of four rows of C
@@ -77,7 +80,7 @@ def deformable_convolution(feature: torch.Tensor, offsets: torch.Tensor, weight:
 def neighbours(places: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The two whole coordinates around each of the `places` (...) on an axis, int64 within 0..size - 1, and their
     shares in a linear interpolation, 0 for one that is outside the map: (..., 2) each."""
-    first = places.detach().nan_to_num().floor()  # a run that diverges is to end by its loss, not by an index
+    first = places.detach().floor()
     found = first[..., None] + torch.arange(2, device=places.device)
     shares = torch.stack([first + 1 - places, places - first], dim=-1) * ((found >= 0) & (found < size))
     return found.clamp(0, size - 1).long(), shares
