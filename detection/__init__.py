@@ -1,3 +1,3 @@
-"""Object detection in aerial images, and distillation for it: GFL detectors, Localization Distillation."""
+"""Detectors of objects in aerial images, and their distillation."""
 
 import common  # noqa: F401 before torch: Ctrl-C during the imports is no error

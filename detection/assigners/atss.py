@@ -1,6 +1,5 @@
 """Adaptive training sample selection (ATSS, Zhang et al., CVPR 2020) assigns anchors to objects."""
 
-
 import torch
 
 from detection.assigners.targets import GroundTruth, Targets, targets_of_matches

@@ -57,8 +57,7 @@ def circumscribed(boxes: torch.Tensor) -> torch.Tensor:
 def from_horizontal(boxes: torch.Tensor) -> torch.Tensor:
     """(..., 4) boxes, x1 y1 x2 y2 -> (..., 5)."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
-    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2,
-                      torch.stack([height, width, torch.full_like(width, QUARTER)], dim=-1)], dim=-1)
+    return torch.cat([centres(boxes), torch.stack([height, width, torch.full_like(width, QUARTER)], dim=-1)], dim=-1)
 
 
 def upright(boxes: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def distance_penalised_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def by_score(boxes: torch.Tensor, scores: torch.Tensor,
-              labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three in fp32 and descending order of the scores; equal scores stay in the order they came in."""
     scores, order = scores.float().sort(stable=True, descending=True)
     return boxes[order].float(), scores, labels[order]
@@ -129,7 +129,7 @@ def _similarity(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], b
 
 
 def greedy(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor,
-             threshold: float, limit: int) -> torch.Tensor:
+           threshold: float, limit: int) -> torch.Tensor:
     """The numbers (K,) of the first `limit` boxes that greedy NMS keeps; boxes are in descending order of the scores.
 
     Block after block: what the boxes kept so far suppress goes first, the rest of the block decides among itself. A

@@ -84,5 +84,3 @@ def gfl_losses(outputs: Outputs, targets: Targets, anchors: Anchors, box_loss: s
 def confidence(scores: torch.Tensor) -> torch.Tensor:
     """w_a: an anchor's highest class score, (..., C) -> (...), a weight without gradient."""
     return scores.detach().amax(dim=-1)
-
-

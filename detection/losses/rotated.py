@@ -18,8 +18,6 @@ from detection.network.rotated_head import RotatedOutputs
 LEAST_SIDE = 1e-3  # pixels: no Gaussian is thinner, so that logarithms, roots and inverses have finite gradients
 LEAST_DISTANCE = 1e-6  # of Gaussians: the root of 0 and its gradient are left out
 BETA = 1 / 9  # of the smooth L1 loss: where it becomes linear
-
-
 BOX_LOSSES = ("gwd", "kld", "smooth_l1")
 BOX_NORMS = ("positives", "level_mean")
 
