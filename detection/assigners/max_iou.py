@@ -2,10 +2,9 @@
 
 import torch
 
-from detection.geometry.boxes import EPS, iou, pairs
+from detection.geometry.boxes import EPS, in_chunks, iou, pairs
 
 BACKGROUND, IGNORED = -1, -2  # what an anchor is matched to that is assigned to no object
-PAIRS = 2**21  # overlaps held at once: 8 MB in fp32, and there are about ten such matrices
 
 
 def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Tensor, valid: torch.Tensor,
@@ -23,10 +22,7 @@ def max_iou(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: torch.Ten
     best = anchor_boxes.new_zeros(valid.shape)
     matched, forced = (torch.full(valid.shape, BACKGROUND, dtype=torch.int32, device=boxes.device) for _ in range(2))
     objects = torch.arange(len(boxes), dtype=torch.int32, device=boxes.device)
-    rows = max(1, PAIRS // max(1, len(anchor_boxes)))
-    for some, images, numbers in zip(*(part.split(rows) for part in (boxes, image_of, objects)), strict=True):
-        if len(some) == 0:  # a batch without objects is one empty part
-            break
+    for some, images, numbers in in_chunks(len(anchor_boxes), boxes, image_of, objects):
         columns = images[:, None].expand(-1, len(anchor_boxes))  # (G, A) the image of each pair
         numbers = numbers[:, None].expand_as(columns)
         overlaps = iou(*pairs(some, anchor_boxes)) * valid[images]  # (G, A)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from detection.assigners.targets import GroundTruth
-from detection.distillers.regions import in_chunks, largest_by_image
+from detection.distillers.regions import largest_by_image
 from detection.geometry.anchors import Anchors, valid_anchors
-from detection.geometry.boxes import giou, iou
+from detection.geometry.boxes import giou, in_chunks, iou
 from detection.losses.reduction import mean_over_processes
 from detection.network.paa_head import Outputs
 

@@ -1,14 +1,11 @@
 """Where to distil: at which anchors of a batch a student is to imitate its teacher. N images, A anchors of all levels,
 T objects of all images together; boxes are xyxy in pixels."""
 
-from collections.abc import Iterable
-
 import torch
 
-from detection.geometry.boxes import centre_distance, centres, distances, iof, iou, pairs
+from detection.geometry.boxes import centre_distance, centres, distances, in_chunks, iof, iou, pairs
 
 VLR_METRICS = ("diou", "iof_parity")
-PAIRS = 3 * 2**20  # overlaps held at once: 13 MB, and there are about ten such matrices
 GENERAL_INSTANCES = 10  # on each level of each image
 GENERAL_INSTANCE_OVERLAP = 0.3  # IoU above which a better instance suppresses another
 
@@ -53,13 +50,6 @@ def merged_region(anchor_boxes: torch.Tensor, boxes: torch.Tensor, image_of: tor
         overlap = iou(anchors, objects)  # (G, A)
         largest_by_image(weights, overlap.masked_fill(overlap < gamma * limits, 0), images)
     return weights * valid
-
-
-def in_chunks(anchors: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """The same few rows of each tensor, (T, ...) -> (G, ...), one after the other; nothing for none. anchors: how many
-    each row is compared with."""
-    rows = max(1, PAIRS // anchors)
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True) if len(tensors[0]) else ()
 
 
 def largest_by_image(found: torch.Tensor, values: torch.Tensor, image_of: torch.Tensor) -> None:

@@ -2,10 +2,12 @@
 box's width is x2 - x1."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 EPS = 1e-6  # the least denominator
+PAIRS = 3 * 2**20  # overlaps held at once: 13 MB, and a comparison needs about ten such matrices
 
 
 def areas(boxes: torch.Tensor) -> torch.Tensor:
@@ -21,6 +23,13 @@ def centres(boxes: torch.Tensor) -> torch.Tensor:
 def pairs(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, 4) and (G, 4) boxes, shaped so that the functions below compare each of `a` with each of `b`, (P, G)."""
     return a[:, None], b[None]
+
+
+def in_chunks(count: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The same few rows of each tensor, (T, ...) -> (G, ...), one after the other; nothing for none. count: how many
+    boxes each row is compared with."""
+    rows = max(1, PAIRS // count)
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True) if len(tensors[0]) else ()
 
 
 def intersection(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from detection.assigners import max_iou as module
 from detection.assigners.max_iou import BACKGROUND, IGNORED, max_iou
+from detection.geometry import boxes as geometry
 from detection.geometry.anchors import make_anchors
 
 SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))  # of 64 x 64
@@ -54,7 +54,7 @@ def test_hand_computed_overlaps():
                          [(0.1, 0.1, True, 10**6), (0.5, 0.4, True, 200), (0.15, 0.1, False, 1)])
 def test_a_batch_is_the_loop_over_anchors_and_objects(monkeypatch, positive, negative, low_quality, a_time):
     """Also a few objects at a time, with several anchors a location, an empty image, and one that is half padding."""
-    monkeypatch.setattr(module, "PAIRS", a_time)
+    monkeypatch.setattr(geometry, "PAIRS", a_time)
     generator = torch.Generator().manual_seed(len(str(a_time)))
     images = torch.tensor([0] * 7 + [2] * 5)
     corners = 50 * torch.rand(12, 2, generator=generator)

@@ -7,6 +7,7 @@ from torchvision.ops import nms
 from detection.assigners.atss import atss
 from detection.distillers import regions
 from detection.distillers.regions import first_after_nms, general_instances
+from detection.geometry import boxes as geometry
 from detection.geometry.anchors import make_anchors
 
 GOLDEN_ANCHORS = torch.tensor([[15.0, 15, 25, 25], [-5, 15, 5, 25], [0, 0, 40, 40], [10, 10, 50, 50],
@@ -126,7 +127,7 @@ def test_many_objects_are_taken_in_chunks(scene, monkeypatch):
     anchors, boxes, thresholds, valid = scene
     whole = valuable_region(*scene), inside_boxes(anchors[:, :2], boxes), finegrained(anchors, boxes, valid)
     for chunk in (1, 4, 11):
-        monkeypatch.setattr(regions, "PAIRS", chunk * len(anchors))
+        monkeypatch.setattr(geometry, "PAIRS", chunk * len(anchors))
         again = valuable_region(*scene), inside_boxes(anchors[:, :2], boxes), finegrained(anchors, boxes, valid)
         assert all(torch.equal(one, other) for one, other in zip(whole, again, strict=True))
 
