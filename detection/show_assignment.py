@@ -29,10 +29,10 @@ from detection.methods.gfl import GFL
 from detection.methods.method import Step
 from detection.methods.paa import PAA, PAASettings
 from detection.network.detector import Detector
-from detection.pictures import GAP, TEXT, class_colour
+from detection.pictures import CAPTION, GAP, TEXT, class_colour
 
 ASSIGNS = {"gfl": GFL.assign, "paa": PAA.assign}  # by the head
-WIDTH, CAPTION = 560, 22  # pixels
+WIDTH = 560  # pixels
 RADII = (3, 5, 7, 9, 11)  # of the dots of each level, pixels
 MOST = 4  # images, unless they are named
 
@@ -121,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = resolve_device(args.device)
     detectors = [load_detector(path) for path in args.weights]
     classes = detectors[0][1]["classes"]
-    for path, (_, description) in zip(args.weights, detectors, strict=True):
+    for path, (network, description) in zip(args.weights, detectors, strict=True):
+        if network.architecture.head not in ASSIGNS:
+            raise UserError(f"{path}: a {network.architecture.head} detector; expected {' or '.join(ASSIGNS)}, whose "
+                            "boxes are horizontal")
         if description["classes"] != classes:
             raise UserError(f"{path}: has other classes than {args.weights[0]}")
     annotations = for_training(read_annotations(args.annotations, args.images or None, classes))

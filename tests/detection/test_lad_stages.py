@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.files import save_checkpoint
 from common.runtime import UserError
 from demo.draw_scenes import write_demo
 from detection import compare, engine, predict, publish, show_assignment, train_colad, train_gfl, train_lad, train_paa
-from detection.checkpoint import load_detector
+from detection.checkpoint import describe_model, load_detector
 from detection.engine import train_step
 from detection.methods.paa import RECIPES
 from detection.network.detector import Architecture, Detector
@@ -196,6 +197,11 @@ def test_the_positive_anchors_of_two_detectors_are_drawn_side_by_side(runs, scen
     capsys.readouterr()
     assert run_tool(show_assignment, scenes / "test.json", "--weights", *both, "--names", "no.png") == 2
     assert "--names no.png" in error_line(capsys)
+    oriented = Architecture(18, 64, 1, 0, head="rotated")
+    save_checkpoint(tmp_path / "oriented.pt", {"model": Detector(3, oriented).state_dict(), "description": {
+        **load_detector(both[0])[1], "model": describe_model(oriented)}})
+    assert run_tool(show_assignment, scenes / "test.json", "--weights", both[0], tmp_path / "oriented.pt") == 2
+    assert "oriented.pt: a rotated detector; expected gfl or paa" in error_line(capsys)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
