@@ -37,6 +37,7 @@ from detection.methods.lad import LAD, LADSettings
 from detection.methods.ld import LD, LDSettings
 from detection.methods.ltd import LTD, LTDSettings
 from detection.methods.paa import PAA, PAASettings
+from detection.network.backbone import DEPTHS
 from detection.network.detector import Architecture, Detector
 from detection.network.gfl_head import Outputs
 from detection.network.paa_head import Outputs as PAAOutputs
@@ -127,6 +128,12 @@ def loss_step(args, batch, device, distils=False):
     return step
 
 
+def random_teacher(architecture, device):
+    """A frozen teacher."""
+    network = fold_batch_norm(Detector(CLASSES, architecture)).requires_grad_(False)
+    return network.to(device, memory_format=torch.channels_last)
+
+
 def forward_step(teacher, batch, device, precision):
     """A function that asks a teacher."""
     images = batch.images.to(device).float().contiguous(memory_format=torch.channels_last)
@@ -142,8 +149,7 @@ def forward_step(teacher, batch, device, precision):
 def measure_steps(args, device, precision):
     """Rows of the table of training steps."""
     batch = draw_batch(args)
-    teachers = [fold_batch_norm(Detector(CLASSES, Architecture(args.teacher_depth, head=head))).requires_grad_(False)
-                .to(device, memory_format=torch.channels_last) for head in ("gfl", "paa")]
+    teachers = [random_teacher(Architecture(args.teacher_depth, head=head), device) for head in ("gfl", "paa")]
     given = args, batch, device, precision
     seconds = interleaved({
         "FCOS, torchvision": torchvision_step(*given),
@@ -160,17 +166,26 @@ def measure_steps(args, device, precision):
     }, args.repeats, device)
     fcos, gfl, taught, by_ltd, without_lic, asked, paa, lad, asked_paa, losses, all_losses = seconds.values()
     share = 0.10 if device.type == "cuda" else None
-    goals = {"GFL": ("FCOS", gfl / fcos, 1.15),
-             "GFL with LD": ("GFL and the teacher's forward", taught / (gfl + asked), 1.05),
-             "GFL with LTD": ("GFL and the teacher's forward", by_ltd / (gfl + asked), 1.15),
-             "GFL with LTD but for LIC": ("GFL and the teacher's forward", without_lic / (gfl + asked), 1.15),
-             "PAA": ("GFL", paa / gfl, 1.25),
-             "PAA with LAD": ("PAA and the teacher's forward", lad / (paa + asked_paa), 1.08),
-             "assignment and losses of GFL": ("GFL", losses / gfl, share),
-             "assignment and losses of GFL with LD": ("GFL with LD", all_losses / taught, share)}
-    return [{"step": name, "ms": round(1000 * taken, 1), "times": goals.get(name, (None,))[0],
-             "ratio": round(goals[name][1], 3) if name in goals else None, "goal": goals.get(name, (0, 0, None))[2]}
-            for name, taken in seconds.items()]
+    return rows_of_steps(seconds, {
+        "GFL": ("FCOS", gfl / fcos, 1.15),
+        "GFL with LD": ("GFL and the teacher's forward", taught / (gfl + asked), 1.05),
+        "GFL with LTD": ("GFL and the teacher's forward", by_ltd / (gfl + asked), 1.15),
+        "GFL with LTD but for LIC": ("GFL and the teacher's forward", without_lic / (gfl + asked), 1.15),
+        "PAA": ("GFL", paa / gfl, 1.25),
+        "PAA with LAD": ("PAA and the teacher's forward", lad / (paa + asked_paa), 1.08),
+        "assignment and losses of GFL": ("GFL", losses / gfl, share),
+        "assignment and losses of GFL with LD": ("GFL with LD", all_losses / taught, share)})
+
+
+def rows_of_steps(seconds, goals):
+    """Rows of a table of training steps. seconds: {step: seconds}. goals: {step: (name of what it is measured by, ratio
+    to that, the ratio to stay below or None)}."""
+    rows = []
+    for name, taken in seconds.items():
+        other, ratio, goal = goals.get(name, (None, None, None))
+        rows.append({"step": name, "ms": round(1000 * taken, 1), "times": other, "ratio": ratio and round(ratio, 3),
+                     "goal": goal})
+    return rows
 
 
 def loop_over_objects(outputs, anchors, truth, mixture):
@@ -242,15 +257,27 @@ def measure_suppression(device, repeats):
     return rows
 
 
-def main():
-    flags = parser(__doc__, "detection")
-    flags.add_argument("--depth", type=int, default=50, choices=(18, 34, 50, 101))
-    flags.add_argument("--teacher-depth", type=int, default=101, choices=(18, 34, 50, 101))
-    flags.add_argument("--height", type=int, default=800)
-    flags.add_argument("--width", type=int, default=1344)
+def step_flags(description, name, depth, teacher_depth, height, width):
+    """An argument parser with the flags of a benchmark of training steps, of these defaults."""
+    flags = parser(description, name)
+    flags.add_argument("--depth", type=int, default=depth, choices=tuple(DEPTHS))
+    flags.add_argument("--teacher-depth", type=int, default=teacher_depth, choices=tuple(DEPTHS))
+    flags.add_argument("--height", type=int, default=height)
+    flags.add_argument("--width", type=int, default=width)
     flags.add_argument("--batch-size", type=int, default=2)
     flags.add_argument("--objects", type=int, default=20, help="of each image")
     flags.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    return flags
+
+
+def conditions(args, precision):
+    """What a benchmark of training steps was measured on."""
+    return (f"{args.batch_size} images of {args.height}x{args.width}, ResNet-{args.depth}, teacher ResNet-"
+            f"{args.teacher_depth}, {precision}")
+
+
+def main():
+    flags = step_flags(__doc__, "detection", depth=50, teacher_depth=101, height=800, width=1344)
     flags.add_argument("--only", choices=("steps", "assignment", "suppression"), help="measure this alone")
     args = flags.parse_args()
     device = set_up(args)
@@ -262,8 +289,7 @@ def main():
     *others, last = rows
     for name in others:
         print_table(rows[name])
-    finish(args, device, f"{args.batch_size} images of {args.height}x{args.width}, ResNet-{args.depth}, teacher ResNet-"
-           f"{args.teacher_depth}, {precision}", rows[last], **{name: rows[name] for name in others})
+    finish(args, device, conditions(args, precision), rows[last], **{name: rows[name] for name in others})
 
 
 if __name__ == "__main__":
