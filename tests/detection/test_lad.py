@@ -213,7 +213,8 @@ def test_a_teacher_of_another_size_and_kind_fits(tmp_path):
 @pytest.mark.parametrize(("architecture", "classes"), [(Architecture(18, 64, 1), 3), (STUDENT, 2)])
 def test_a_peer_that_does_not_fit_is_named(tmp_path, architecture, classes):
     path = checkpoint(tmp_path / "peer.pt", architecture, classes)
-    with pytest.raises(UserError, match="peer.pt: a (gfl|paa) detector of [23] classes; expected paa and 3"):
+    words = "peer.pt: a (gfl|paa) detector of [23] classes with anchors of size 1; expected paa, 3 and 1"
+    with pytest.raises(UserError, match=words):
         colad.companions(3, CoLADSettings(init_peer=path))
 
 
