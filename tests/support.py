@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 import baseline_cl_s_weight
-import recognition.engine
 from common.files import save_checkpoint
 from common.runtime import run_script
 from dataset import DatasetInfo, write_dataset
@@ -33,6 +32,9 @@ TINY_GROUPS = {"head": [0, 1], "middle": [2, 3], "tail": [4, 5]}
 TINY_TRAIN = [14, 12, 9, 8, 5, 4]
 QUICK = ("--image-size", "32", "--batch-size", "8", "--epochs", "2", "--device", "cpu", "--precision", "fp32",
          "--schedule", "one-cycle", "--lr", "0.01")
+# torchrun on a free port, whatever the machine's name, without a folder of logs in /tmp.
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", "2",
+                 "--log_dir", os.devnull)
 DATA = Path(os.environ.get("AERIAL_DATA") or PROJECT.parent / "shared" / "data")
 ODD_NAMES = [["$a$ \\frac{", "_b_", r"\$c$", "d^{"], ["帆船", "корабль", "πλοίο", "e\u0301$$"],
              ["x" * 500, "$" * 500, "船" * 500, "d"]]
@@ -71,6 +73,11 @@ def run_program(*command, **options):
                           env=environment, timeout=900, **options)
 
 
+def run_two_processes(*command, **environment):
+    """`run_program`, in two processes of one thread each."""
+    return run_program(*TWO_PROCESSES, *command, env={"OMP_NUM_THREADS": "1", **environment})
+
+
 def run_tool(script, *arguments):
     """The main program of a script in this process. Returns its exit status."""
     with pytest.raises(SystemExit) as exit_:
@@ -106,23 +113,29 @@ def log_of(folder):
             for record in records]
 
 
+def weights_of(folder):
+    """The weights that a detector's run ended with."""
+    return torch.load(folder / "final.pt", weights_only=True)["model"]
+
+
 def student_flags(seed_folder):
     """The flags of a student elsewhere that has its start and its teachers from a finished run."""
     origins = {"--init": "baseline", "--t1": "t1", "--t2": "t2", "--t3": "t3"}
     return [part for flag, name in origins.items() for part in (flag, seed_folder / name / "best.pt")]
 
 
-def stop_at_step(monkeypatch, number, signal_number):
-    """Send this process a signal while the step of that number, counted from 1, is computed."""
-    step_losses, steps = recognition.engine.step_losses, []
+def stop_at_step(monkeypatch, engine, number, signal_number=signal.SIGTERM):
+    """Send this process a signal in the step of that number, counted from 1, of a run by recognition's or detection's
+    engine."""
+    train_step, steps = engine.train_step, []
 
-    def losses_and_a_signal(*arguments):
+    def signal_and_step(*arguments):
         steps.append(1)
         if len(steps) == number:
             os.kill(os.getpid(), signal_number)
-        return step_losses(*arguments)
+        return train_step(*arguments)
 
-    monkeypatch.setattr(recognition.engine, "step_losses", losses_and_a_signal)
+    monkeypatch.setattr(engine, "train_step", signal_and_step)
 
 
 def student_run(data, teachers, precision, *flags):
@@ -154,6 +167,14 @@ def run_detector(module, *arguments):
     return exit_.value.code or 0
 
 
+def detector_run(method, network, settings, **more):
+    """A detector's Run of one step an epoch, without data. more: other fields, such as its teacher."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    return engine.Run(**{"name": "test", "method": method, "settings": settings, "device": torch.device("cpu"),
+                         "precision": "fp32", "network": network, "optimizer": optimizer, "sampler": [0],
+                         "train_annotations": None, "test_annotations": None, **more})
+
+
 def save_eager_detector(path, classes, architecture, sides):
     """Save a checkpoint with all that last.pt holds, of a GFL detector of three classes that finds something in any
     image. sides: short and long, of the images. Returns its path."""
@@ -177,6 +198,14 @@ def draw_blocks(path, width=80, height=100, seed=0):
     blocks = np.random.default_rng(seed).integers(0, 256, (height // 10 + 1, width // 10 + 1, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(blocks.repeat(10, 0).repeat(10, 1)[:height, :width]).save(path)
+    return path
+
+
+def draw_noise(path, size=(60, 40), seed=0):
+    """Write an image of noise, another one for each file name and seed. Returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng([seed, *path.name.encode()])
+    Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
     return path
 
 
@@ -236,3 +265,36 @@ def write_dota(root, images, header=True):
         lines = ["imagesource:drawn", "gsd:null"] * header + list(lines)
         (root / "labelTxt" / f"{name}.txt").write_text("".join(line + "\n" for line in lines))
     return root
+
+
+def write_coco(root, annotations, images=((7, "a.png"), (3, "b.png")), categories=((9, "ship"), (2, "plane")),
+               changes=()):
+    """Write a COCO file with images of 60 x 40. annotations: dicts; what they lack is filled in. changes: to the whole
+    content. Returns its path."""
+    for number, file in images:
+        draw_noise(root / "images" / file, seed=number)
+    entries = [{"id": 100 + k, "image_id": 7, "category_id": 2, "iscrowd": 0, **entry}
+               for k, entry in enumerate(annotations)]
+    content = {"images": [{"id": number, "file_name": file, "width": 60, "height": 40} for number, file in images],
+               "categories": [{"id": number, "name": category} for number, category in categories],
+               "annotations": entries, **dict(changes)}
+    (root / "train.json").write_text(json.dumps(content))
+    return root / "train.json"
+
+
+VOC_OBJECT = ("<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>{}"
+              "</object>")
+
+
+def write_voc(root, objects, size=(60, 40), split="trainval"):
+    """Write a VOC folder. objects: {image id: [(name, xmin, ymin, xmax, ymax, further elements)]}. Returns the set."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for image_id, entries in objects.items():
+        draw_noise(root / "JPEGImages" / f"{image_id}.jpg", size)
+        (root / "Annotations" / f"{image_id}.xml").write_text(
+            f"<annotation><filename>{image_id}.jpg</filename><size><width>{size[0]}</width><height>{size[1]}</height>"
+            f"<depth>3</depth></size>\n{''.join(VOC_OBJECT.format(*entry) for entry in entries)}</annotation>")
+    path = root / "ImageSets" / "Main" / f"{split}.txt"
+    path.write_text("".join(f"{image_id}\n" for image_id in objects))
+    return path

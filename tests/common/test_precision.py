@@ -15,8 +15,9 @@ from common.precision import known_precision, measure, resolve_precision
 from common.runtime import UserError
 from demo.draw_scenes import write_demo
 from detection import train_gfl
+from recognition import engine
 from recognition.settings import Settings
-from tests.support import PROJECT, QUICK, QUICK_DETECTOR, run_detector, run_main, run_program, stop_at_step
+from tests.support import PROJECT, QUICK, QUICK_DETECTOR, run_detector, run_main, run_two_processes, stop_at_step
 
 CPU = torch.device("cpu")
 AMX = {"avx2", "avx512_bf16", "amx_tile", "amx_bf16"}
@@ -242,8 +243,7 @@ line = f"process {{runtime.rank()}}: {{precision.resolve_precision('auto', cpu)}
 os.write(1, line.encode())  # in one piece: both processes write at the same time
 runtime.stop_processes()
 """)
-    done = run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "worker.py",
-                       env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    done = run_two_processes(tmp_path / "worker.py", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["process 0: bf16", "process 1: bf16"]
     assert done.stderr.count("note: --precision auto is bf16") == 1
@@ -298,7 +298,7 @@ def test_resuming_a_stage_with_auto_goes_on_in_its_precision(monkeypatch, tiny, 
     flags = ("--data-root", tiny, "--init", "none", *without_precision(QUICK), "--output", tmp_path / "run")
     is_fast(monkeypatch, "fp32")
     with monkeypatch.context() as stopping:
-        stop_at_step(stopping, 2, signal.SIGTERM)
+        stop_at_step(stopping, engine, 2)
         assert run_main(baseline_resnet50, *flags) == 128 + signal.SIGTERM
     is_fast(monkeypatch, "bf16")
     assert run_main(baseline_resnet50, *flags, "--resume", "--precision", "bf16") == 2

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 
 import pytest
 import torch
@@ -14,11 +13,20 @@ from common.runtime import UserError
 from demo.draw_scenes import write_demo
 from detection import compare, engine, predict, publish, show_assignment, train_colad, train_gfl, train_lad, train_paa
 from detection.checkpoint import describe_model, load_detector
-from detection.engine import train_step
 from detection.methods.paa import RECIPES
 from detection.network.detector import Architecture, Detector
 from detection.settings import parse_settings
-from tests.support import QUICK_DETECTOR, error_line, log_of, run_detector, run_program, run_tool
+from tests.support import (
+    QUICK_DETECTOR,
+    error_line,
+    log_of,
+    run_detector,
+    run_program,
+    run_tool,
+    run_two_processes,
+    stop_at_step,
+    weights_of,
+)
 
 PEER = ("--peer-depth", "18", "--auxiliary", "iou+iop")
 TESTED = {"final.pt", "results.json", "precision_recall.png", "detections.png", "detections.json"}
@@ -51,10 +59,6 @@ def runs(flags, tmp_path_factory):
         done = run_program("-m", f"detection.train_{stage}", *flags, *more, "--output", folder / stage)
         assert done.returncode == 0, done.stderr
     return folder
-
-
-def weights_of(folder):
-    return torch.load(folder / "final.pt", weights_only=True)["model"]
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -104,16 +108,8 @@ def test_both_networks_of_colad_are_tested_and_trained_further(runs):
 def test_colad_stopped_and_resumed_ends_with_the_networks_of_a_run_never_stopped(flags, tmp_path, monkeypatch):
     more = (*flags, *PEER, "--short", "48,64")
     assert run_detector(train_colad, *more, "--output", tmp_path / "whole") == 0
-    steps = []
-
-    def step_and_a_signal(*arguments):
-        steps.append(1)
-        if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", step_and_a_signal)
+        stop_at_step(patch, engine, 2)
         assert run_detector(train_colad, *more, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
     assert run_detector(train_colad, *more, "--output", tmp_path / "parts", "--resume") == 0
     for network in (".", "peer"):
@@ -127,11 +123,7 @@ def test_two_processes_take_the_step_of_one(flags, runs, tmp_path):
     torch.save(Detector(3, Architecture(18, 64, 1)).backbone.state_dict(), tmp_path / "resnet18.pt")
     more = [str(flag) for flag in (*flags, *PEER, "--init", tmp_path / "resnet18.pt")]
     assert run_detector(train_colad, *more, "--output", tmp_path / "one") == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m",
-                       "detection.train_colad", *more, "--output", tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
+    done = run_two_processes("-m", "detection.train_colad", *more, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     for network in (".", "peer"):
         one, two = (weights_of(tmp_path / run / network) for run in ("one", "two"))

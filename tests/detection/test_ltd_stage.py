@@ -2,9 +2,7 @@
 processes; data as the authors of the method had it."""
 
 import json
-import os
 import signal
-import socket
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,13 +16,22 @@ from detection import engine, publish, train_gfl, train_ltd
 from detection.checkpoint import describe_model, describe_preprocessing, load_detector
 from detection.data import batches
 from detection.data.annotations import read_annotations
-from detection.engine import Run, train_step
+from detection.engine import train_step
 from detection.methods import gfl
 from detection.methods.ltd import LTD, CCDSettings, calibrated
 from detection.metrics.voc_ap import voc_ap
 from detection.network.detector import Architecture, Detector
 from detection.settings import parse_settings
-from tests.support import QUICK_DETECTOR, error_line, log_of, run_detector, run_program, run_tool
+from tests.support import (
+    QUICK_DETECTOR,
+    detector_run,
+    error_line,
+    log_of,
+    run_detector,
+    run_tool,
+    run_two_processes,
+    stop_at_step,
+)
 
 CLASSES = ["plane", "ship", "storage_tank"]
 TERMS = {"qfl", "box", "dfl", "ccd_fused", "ccd_pooled", "ccd_attention", "tasd_ld_main", "tasd_ld_vlr", "tasd_kd_main",
@@ -82,15 +89,7 @@ def test_the_log_has_every_term_and_the_published_detector_no_calibration(run, t
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(run, flags, tmp_path, monkeypatch):
-    steps = []
-
-    def step_and_a_signal(*arguments):
-        steps.append(1)
-        if len(steps) == 3:  # of 4
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments)
-
-    monkeypatch.setattr(engine, "train_step", step_and_a_signal)
+    stop_at_step(monkeypatch, engine, 3)  # of 4
     assert run_detector(train_ltd, *flags, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert last(tmp_path / "parts")["step"] == 1
@@ -110,9 +109,7 @@ def one_step(scenes, teacher, **changes):
     student, asked = Detector(3, Architecture(18, 64, 1)), []
     network.requires_grad_(False).register_forward_pre_hook(lambda *_: asked.append(torch.is_grad_enabled()))
     companions = LTD.companions(3, replace(settings, channels=64))
-    run = Run(name="ltd", method=LTD, settings=settings, device=torch.device("cpu"), precision="fp32", network=student,
-              optimizer=torch.optim.SGD(student.parameters(), lr=0.0), sampler=[0], train_annotations=None,
-              test_annotations=None, teacher=network, companions=companions)
+    run = detector_run(LTD, student, settings, teacher=network, companions=companions)
     dataset = batches.DetectionDataset(read_annotations(scenes / "train.json"))
     batch = batches.collate(dataset.__getitems__([batches.Draw(i, 64, 64, False) for i in range(4)]))
     names, terms = train_step(run, run.trainee.train(), batch)
@@ -164,10 +161,8 @@ def test_ccd_teaches_any_detector_with_a_pyramid(scenes, teacher):
         losses=lambda step, settings: {"mean": step.outputs.features[0].float().mean().square()},
         weights=lambda settings, classes: {"mean": 1.0}))
     settings, student = OtherSettings(channels=64), Detector(3, Architecture(18, 64, 1))
-    run = Run(name="other", method=method, settings=settings, device=torch.device("cpu"), precision="bf16",
-              network=student, optimizer=torch.optim.SGD(student.parameters(), lr=0.0), sampler=[0],
-              train_annotations=None, test_annotations=None, teacher=load_detector(teacher)[0].requires_grad_(False),
-              companions=method.companions(3, settings))
+    run = detector_run(method, student, settings, precision="bf16", companions=method.companions(3, settings),
+                       teacher=load_detector(teacher)[0].requires_grad_(False))
     dataset = batches.DetectionDataset(read_annotations(scenes / "train.json"))
     batch = batches.collate(dataset.__getitems__([batches.Draw(i, 96, 96, False) for i in range(2)]))
     names, terms = train_step(run, run.trainee.train(), batch)
@@ -208,12 +203,8 @@ def test_two_processes_that_see_the_same_train_as_one_does(scenes, flags, tmp_pa
                                    "9", "--lambda-ld-main", "0.25", "--lambda-attention", "0")]
     alone = ("--batch-size", "2", "--lr", "0.08", "--epochs", "1", "--output", tmp_path / "one")  # of 2 steps
     assert run_detector(train_ltd, *more, *alone) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m",
-                       "detection.train_ltd", *more, "--batch-size", "4", "--lr", "0.04", "--epochs", "2", "--output",
-                       tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
+    done = run_two_processes("-m", "detection.train_ltd", *more, "--batch-size", "4", "--lr", "0.04", "--epochs", "2",
+                             "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("calibration network: 0.28 M parameters, in training alone") == 1
     one, two = last(tmp_path / "one"), last(tmp_path / "two")

@@ -24,7 +24,6 @@ from detection.checkpoint import load_detector
 from detection.data.records import Annotations, Record
 from detection.distillers.imitation import imitation_loss
 from detection.distillers.rotated_ld import rotated_ld_losses
-from detection.engine import train_step
 from detection.evaluation import by_image
 from detection.geometry.anchors import RETINA, make_anchors
 from detection.geometry.oriented import circumscribed, corners
@@ -34,7 +33,16 @@ from detection.methods.rotated_ld import ROTATED_LD, RotatedLDSettings
 from detection.network.detector import Architecture, Detector
 from detection.network.rotated_head import RotatedOutputs
 from detection.settings import parse_settings
-from tests.support import QUICK_DETECTOR, error_line, log_of, run_detector, run_program, run_tool
+from tests.support import (
+    QUICK_DETECTOR,
+    error_line,
+    log_of,
+    run_detector,
+    run_program,
+    run_tool,
+    stop_at_step,
+    weights_of,
+)
 
 SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))
 L, A, C, R, CHANNELS = 86, 86 * 9, 3, 4, 6
@@ -224,10 +232,6 @@ def taught(folder):
     return ("--teacher", folder / "teacher" / "final.pt", "--imitation", "finegrained")
 
 
-def weights_of(folder):
-    return torch.load(folder / "final.pt", weights_only=True)["model"]
-
-
 def test_runs_leave_their_files_and_log_every_term(runs):
     for stage, terms in (("teacher", {"cls", "box"}), ("ld", {"cls", "box", "ld", "kd", "imitation"})):
         assert set(os.listdir(runs / stage)) == {
@@ -244,16 +248,8 @@ def test_runs_leave_their_files_and_log_every_term(runs):
 
 
 def test_resuming_ends_with_the_weights_of_a_run_never_stopped(runs, flags, tmp_path, monkeypatch):
-    steps = []
-
-    def step_and_a_signal(*arguments):
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "train_step", step_and_a_signal)
+        stop_at_step(patch, engine, 3)
         assert run_detector(train_rotated_ld, *flags, *taught(runs), "--output", tmp_path) == 128 + signal.SIGTERM
     assert run_detector(train_rotated_ld, *flags, *taught(runs), "--output", tmp_path, "--resume") == 0
     whole, parts = weights_of(runs / "ld"), weights_of(tmp_path)

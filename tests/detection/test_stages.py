@@ -1,12 +1,10 @@
 """The detection scripts on tiny drawn scenes, as a user runs them: teacher, student, resuming, testing, several
-processes; and that a detector learns."""
+processes."""
 
-import dataclasses
 import json
 import os
 import re
 import signal
-import socket
 
 import numpy as np
 import pytest
@@ -16,16 +14,18 @@ from PIL import Image
 from common.runtime import UserError
 from demo.draw_scenes import write_demo
 from detection import compare, engine, pictures, test, train_gfl, train_ld
-from detection.data import batches
-from detection.data.annotations import read_annotations
-from detection.engine import Run, learning_rate, train_step
-from detection.inference import detect, inference_network
-from detection.methods.gfl import GFL, GFLSettings
-from detection.methods.ld import LD, LDSettings
-from detection.metrics.coco_ap import coco_ap
 from detection.network.detector import Architecture, Detector
-from detection.settings import RECIPES, Settings, parse_settings
-from tests.support import QUICK_DETECTOR, error_line, real, run_detector, run_program, run_tool
+from tests.support import (
+    QUICK_DETECTOR,
+    error_line,
+    log_of,
+    run_detector,
+    run_program,
+    run_tool,
+    run_two_processes,
+    stop_at_step,
+    weights_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +54,6 @@ def taught(folder):
     return ("--teacher", folder / "teacher" / "final.pt", "--imitation", "gibox", "--lambda-kd-vlr", "1")
 
 
-def log_of(folder):
-    """The log without its times, which differ from run to run."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
-            for record in records]
-
-
-def weights_of(folder):
-    return torch.load(folder / "final.pt", weights_only=True)["model"]
-
-
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -88,15 +77,6 @@ def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(flags, runs
     extended = weights_of(tmp_path / "a")
     assert all(torch.equal(value, extended[name]) for name, value in weights_of(runs / "teacher").items())
     assert json.loads((tmp_path / "a" / "results.json").read_text())["epoch"] == 2
-
-
-@pytest.mark.parametrize("flag, value, expected", [
-    ("--short", "480,x", "a side in pixels, or two joined by a comma, such as 480,800"),
-    ("--short", "1,2,3", "a side in pixels, or two"), ("--value-range", "9,x", "two whole numbers, the lower first"),
-    ("--lambda-kd-main", "much", "auto or a number")])
-def test_a_value_of_another_form_is_told_which_was_expected(capsys, flag, value, expected):
-    assert run_detector(train_ld, flag, value) == 2
-    assert f"error: argument {flag}: {value!r}: expected {expected}" in capsys.readouterr().err
 
 
 def test_pictures_that_fail_are_notes_and_leave_the_numbers(runs, scenes, tmp_path, capsys, monkeypatch):
@@ -226,15 +206,7 @@ def test_a_second_run_needs_another_folder_or_resume(runs, flags, capsys):
 def test_resuming_ends_with_the_weights_of_a_run_never_stopped(runs, flags, tmp_path, monkeypatch, capsys):
     more = (*flags, *taught(runs), "--short", "48,64", "--workers", "1")  # prefetched batches must not be lost
     assert run_detector(train_ld, *more, "--output", tmp_path / "whole") == 0
-    steps = []
-
-    def step_and_a_signal(*arguments):
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments)
-
-    monkeypatch.setattr(engine, "train_step", step_and_a_signal)
+    stop_at_step(monkeypatch, engine, 4)
     assert run_detector(train_ld, *more, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert "stopped after 1 of 2 epochs and 1 of 3 steps, kept in" in capsys.readouterr().out
@@ -292,11 +264,7 @@ def test_two_processes_take_the_step_of_one(flags, runs, tmp_path):
     torch.save(backbone.state_dict(), tmp_path / "resnet18.pt")
     more = [str(flag) for flag in (*flags, "--init", tmp_path / "resnet18.pt", "--epochs", "1")]
     assert run_detector(train_gfl, *more, "--output", tmp_path / "one") == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = run_program("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m",
-                       "detection.train_gfl", *more, "--output", tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
+    done = run_two_processes("-m", "detection.train_gfl", *more, "--output", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert max((value.float() - two[name]).abs().max().item() for name, value in one.items()) < 1e-4
@@ -441,63 +409,3 @@ def test_what_a_user_may_not_expect_is_said(runs, flags, tmp_path, capsys):
     for note in ("--warmup-steps 50 are most of the 3 steps", "--lr-steps 9,12 never come",
                  "LD's terms are sums over the 4 images", "the classification's distillation is a mean over"):
         assert f"note: {note}" in said
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
-def test_a_recipe_is_in_place_of_the_script_and_flags_are_in_place_of_it():
-    settings = parse_settings("gfl", train_gfl.SETTINGS, "", ["--recipe", "2x", "--epochs", "5", "--train",
-                                                               "x/VOC2007/ImageSets/Main/trainval.txt"])
-    assert (settings.lr_steps, settings.short, settings.epochs) == (RECIPES["2x"]["lr_steps"], (480, 800), 5)
-    assert settings.output == "runs/VOC2007/gfl"
-    in_the_script = dataclasses.replace(train_gfl.SETTINGS, recipe="voc")
-    assert parse_settings("gfl", in_the_script, "", []).epochs == 4
-    assert parse_settings("ld", train_ld.SETTINGS, "", []).teacher == "runs/mine/teacher/final.pt"
-
-
-def test_the_learning_rate_warms_up_and_steps_down():
-    settings = Settings(lr=0.01, batch_size=8, lr_steps=(3, 4), warmup_steps=10)
-    rates = [learning_rate(settings, *at, 20) for at in ((1, 0), (1, 5), (1, 10), (2, 19), (3, 0), (4, 0))]
-    assert rates == pytest.approx([5e-6, 5e-3 * 0.5005, 5e-3, 5e-3, 5e-4, 5e-5])
-
-
-# ---- learning --------------------------------------------------------------------------------------------------------
-
-
-def test_the_teacher_answers_once_a_step_and_learns_nothing(scenes):
-    teacher, student = (Detector(3, Architecture(18, 64, 1)) for _ in range(2))
-    asked, before = [], {name: value.clone() for name, value in teacher.state_dict().items()}
-    teacher.eval().requires_grad_(False).register_forward_pre_hook(lambda *_: asked.append(torch.is_grad_enabled()))
-    run = run_of(student, LDSettings(batch_size=2, warmup_steps=0), teacher)
-    annotations = read_annotations(scenes / "train.json")
-    draws = [batches.Draw(i, 64, 64, False) for i in (0, 1)]
-    batch = batches.collate(batches.DetectionDataset(annotations).__getitems__(draws))
-    names, terms = train_step(run, run.trainee.train(), batch)
-    assert asked == [False] and len(names) == len(terms) == 6 and terms.isfinite().all()
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert not any("teacher" in name for name in student.state_dict())
-
-
-def run_of(network, settings, teacher=None):
-    """A Run of one step an epoch."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    return Run(name="test", method=LD if teacher else GFL, settings=settings, device=torch.device("cpu"),
-               precision="fp32", network=network, optimizer=optimizer, sampler=[0], train_annotations=None,
-               test_annotations=None, teacher=teacher)
-
-
-@pytest.mark.real_data
-def test_four_real_images_are_learned_by_heart():
-    torch.manual_seed(0)
-    annotations = read_annotations(real("nwpu_vhr10") / "instances_train2017.json")
-    records = [record for record in annotations.records if 3 <= len(record.labels) <= 6][:4]
-    annotations = dataclasses.replace(annotations, records=records)
-    draws = batches.test_draws(annotations, 256, 320)
-    batch = batches.collate(batches.DetectionDataset(annotations).__getitems__(draws))
-    network = Detector(10, Architecture(18, 64, 2)).to(memory_format=torch.channels_last)
-    run = run_of(network, GFLSettings(lr=0.08, batch_size=4, lr_steps=(90,), warmup_steps=20, clip=35))
-    for run.epoch in range(100):
-        train_step(run, run.trainee.train(), batch)
-    found = detect(inference_network(network, run.device), batch.images, batch.sizes, batch.scales, run.device, "fp32")
-    assert coco_ap(found, annotations)["AP50"] > 0.95

@@ -38,7 +38,7 @@ def test_a_student_killed_at_random_moments_ends_as_one_never_killed(tiny, teach
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # SIGTERM: below
 def test_a_signal_leaves_a_checkpoint_from_which_the_very_step_goes_on(tiny, tmp_path, monkeypatch, capsys, number):
     flags = ("--data-root", tiny, "--init", "none", *QUICK)
-    stop_at_step(monkeypatch, 3, number)
+    stop_at_step(monkeypatch, engine, 3, number)
     assert run_main(baseline_resnet50, *flags, "--output", tmp_path / "b") == 128 + number
     monkeypatch.undo()
     said = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_very_step_goes_on(tiny, tmp
 
 def test_a_signal_in_the_last_step_leaves_the_test_to_the_resumed_run(tiny, tmp_path, monkeypatch, capsys):
     flags = ("--data-root", tiny, "--init", "none", *QUICK, "--output", tmp_path / "b")
-    stop_at_step(monkeypatch, 14, signal.SIGTERM)
+    stop_at_step(monkeypatch, engine, 14)
     assert run_main(baseline_resnet50, *flags) == 128 + signal.SIGTERM
     assert "stopped after 2 of 2 epochs" in capsys.readouterr().out
     assert len(log_of(tmp_path / "b")) == 2 and not (tmp_path / "b" / "results.json").exists()
@@ -114,7 +114,7 @@ def stopped(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped") / "b"
     flags = ["--data-root", tiny, "--output", folder, "--init", "none", *QUICK]
     with pytest.MonkeyPatch.context() as patch:
-        stop_at_step(patch, 8, signal.SIGTERM)
+        stop_at_step(patch, engine, 8)
         assert run_main(baseline_resnet50, *flags) == 128 + signal.SIGTERM
     return [*flags, "--resume"], folder
 

@@ -160,7 +160,7 @@ def test_features_that_depend_on_the_batch_cannot_be_kept(own_tiny, teachers, tm
 def test_a_run_begun_with_kept_features_does_not_go_on_without(own_tiny, teachers, tmp_path, monkeypatch, capsys):
     """They are rounded, and the teachers are not: the weights would not be those of a run never stopped."""
     flags = ["--data-root", own_tiny, *student_flags(teachers), *QUICK, *KEPT, "--output", tmp_path / "s"]
-    stop_at_step(monkeypatch, 2, signal.SIGTERM)
+    stop_at_step(monkeypatch, engine, 2)
     assert run_main(baseline_cl_s_weight, *flags) == 128 + signal.SIGTERM
     monkeypatch.undo()
     (own_tiny / "cache" / caches(own_tiny)[0]).unlink()

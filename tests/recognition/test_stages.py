@@ -31,7 +31,16 @@ from recognition.run import Run, start_run
 from recognition.settings import Settings, parse_settings, why_epochs_are_fixed
 from recognition.stage import read_lists
 from resnet50 import ResNet50
-from tests.support import PROJECT, QUICK, authors_state, log_of, run_main, run_program, stop_at_step, student_flags
+from tests.support import (
+    QUICK,
+    authors_state,
+    log_of,
+    run_main,
+    run_program,
+    run_two_processes,
+    stop_at_step,
+    student_flags,
+)
 
 STAGES = ("baseline", "t1", "t2", "t3", "student")
 RIVALS = ("class_aware", "balanced_softmax", "logit_adjustment", "ldam_drw", "crt")
@@ -164,7 +173,7 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, t
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "whole") == 0
     steps_an_epoch = 7  # 52 images in batches of 8
 
-    stop_at_step(monkeypatch, steps_an_epoch + 2, signal.SIGTERM)
+    stop_at_step(monkeypatch, engine, steps_an_epoch + 2)
     assert run_main(baseline_cl_s_weight, *flags, "--output", tmp_path / "parts") == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert f"stopped after 1 of 3 epochs and 2 of {steps_an_epoch} steps, kept in" in capsys.readouterr().out
@@ -392,9 +401,8 @@ def test_labels_drowned_by_imitation_are_said_once(capsys):
 
 def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny, tmp_path):
     first = pipeline[0] / "seed0"
-    done = run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-                       PROJECT / "baseline_cl_s_weight.py", "--data-root", tiny, "--output", tmp_path / "s",
-                       *student_flags(first), *QUICK, env={"OMP_NUM_THREADS": "1"})
+    done = run_two_processes("baseline_cl_s_weight.py", "--data-root", tiny, "--output", tmp_path / "s",
+                             *student_flags(first), *QUICK)
     assert done.returncode == 0, done.stderr
     assert "(4 on each of 2 processes)" in done.stdout and done.stdout.count("best epoch") == 1
     results = json.loads((tmp_path / "s" / "results.json").read_text())
