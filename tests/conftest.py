@@ -1,9 +1,12 @@
-"""Signals as in a terminal, and a tiny drawn data set."""
+"""Signals as in a terminal, a tiny drawn data set, and teachers for it."""
 
 import signal
 
 import pytest
+import torch
 
+from benchmarks.bench_training import save_teachers
+from dataset import read_info
 from tests.support import draw_tiny
 
 
@@ -19,6 +22,15 @@ def signals_of_a_terminal():
 def tiny(tmp_path_factory):
     """A tiny data set that no test may change."""
     return draw_tiny(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def teachers(tiny, tmp_path_factory):
+    """A folder with checkpoints of random weights, baseline, t1, t2 and t3, that no test may change."""
+    folder = tmp_path_factory.mktemp("teachers")
+    torch.manual_seed(0)
+    save_teachers(folder, read_info(tiny), 32)
+    return folder
 
 
 @pytest.fixture

@@ -15,20 +15,11 @@ from ClassAwareSampler import ClassAwareBatchSampler
 from common.runtime import UserError, autocast
 from dataset import network_input, read_info
 from recognition import engine, feature_cache
-from tests.support import QUICK, draw_tiny, log_of, run_main, stop_at_step, student_flags, student_run
+from tests.support import QUICK, log_of, run_main, stop_at_step, student_flags, student_run
 
 # Features can be kept where they do not depend on the rest of the batch.
 ALONE = ("--teacher-batch-norm", "recalibrated")
 KEPT = (*ALONE, "--feature-cache", "1")
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """A folder with checkpoints of random weights: baseline, t1, t2, t3."""
-    folder = tmp_path_factory.mktemp("teachers")
-    torch.manual_seed(0)
-    save_teachers(folder, read_info(draw_tiny(folder / "data")), 32)
-    return folder
 
 
 def caches(data):
@@ -112,7 +103,6 @@ def test_another_teacher_or_image_makes_another_cache(own_tiny, teachers, tmp_pa
     first = caches(own_tiny)
     student_run(own_tiny, teachers, "fp32", *KEPT)
     assert caches(own_tiny) == first and len(first) == 1
-    shutil.copytree(teachers, tmp_path / "others", ignore=shutil.ignore_patterns("data"))
     torch.manual_seed(1)
     save_teachers(tmp_path / "others", read_info(own_tiny), 32)
     student_run(own_tiny, tmp_path / "others", "fp32", *KEPT)

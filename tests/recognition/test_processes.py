@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,14 +10,13 @@ import time
 import pytest
 import torch
 
-from benchmarks.bench_training import save_teachers
 from dataset import network_input, read_info, read_split
 from recognition.distillation import sums_by_class
 from recognition.engine import learning_rate, step_losses
 from recognition.evaluation import evaluate
 from recognition.stage import Lists, load_test_images
 from resnet50 import load_network
-from tests.support import PROJECT, QUICK, draw_tiny, student_flags, student_run
+from tests.support import PROJECT, QUICK, TWO_PROCESSES, draw_tiny, student_flags, student_run
 
 WORKER = '''
 """A student's script that also notes, on each process, what the test wants to know."""
@@ -57,36 +55,29 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A folder with a drawn data set of 23 test images, and teachers of random weights."""
-    folder = tmp_path_factory.mktemp("lab")
-    data = draw_tiny(folder / "data")
-    lines = (data / "test.txt").read_text().splitlines(keepends=True)
-    (data / "test.txt").write_text("".join(lines[:-1]))
-    torch.manual_seed(0)
-    save_teachers(folder, read_info(data), 32)
-    (folder / "worker.py").write_text(WORKER)
+def data(tmp_path_factory):
+    """A drawn data set of 23 test images."""
+    folder = draw_tiny(tmp_path_factory.mktemp("data") / "tiny")
+    lines = (folder / "test.txt").read_text().splitlines(keepends=True)
+    (folder / "test.txt").write_text("".join(lines[:-1]))
     return folder
 
 
-def start_two(lab, output, *flags, **environment):
-    """torchrun with two processes of the worker. Returns the Popen."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", str(port), str(lab / "worker.py"), str(output.parent), "--data-root", str(lab / "data"),
-               "--output", str(output), *map(str, student_flags(lab)), *QUICK, *flags]
+def start_two(data, teachers, folder, *flags, **environment):
+    """torchrun with two processes of the worker, for FOLDER/student. Returns the Popen."""
+    (folder / "worker.py").write_text(WORKER)
+    command = [sys.executable, *TWO_PROCESSES, folder / "worker.py", folder, "--data-root", data, "--output",
+               folder / "student", *student_flags(teachers), *QUICK, *flags]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    return subprocess.Popen([str(word) for word in command], cwd=PROJECT, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
-def two(lab, tmp_path_factory):
+def two(data, teachers, tmp_path_factory):
     """(folder of the run, the notes of both processes) of a whole run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    process = start_two(lab, folder / "student")
+    process = start_two(data, teachers, folder)
     said, complaints = process.communicate(timeout=300)
     assert process.returncode == 0, said + complaints
     return folder, [torch.load(folder / f"notes{rank}.pt", weights_only=True) for rank in range(2)]
@@ -101,10 +92,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_two_processes_compute_what_one_computes_on_the_same_global_batch(lab, two, one_thread):
+def test_two_processes_compute_what_one_computes_on_the_same_global_batch(data, teachers, two, one_thread):
     """Three steps by one process: each half of the batch through the network by itself, as batch norm averages over
     what a process holds; the losses of both halves by class; the mean of both gradients."""
-    run, notes = student_run(lab / "data", lab, "fp32"), two[1]
+    run, notes = student_run(data, teachers, "fp32"), two[1]
     network = run.network.train()
     for step in range(3):
         batch = run.sampler.draw()
@@ -136,35 +127,35 @@ def test_both_processes_hold_the_same_network_and_class_weights_to_the_bit(two):
         assert set(first["indices"]) != set(second["indices"])
 
 
-def test_evaluation_by_two_processes_counts_each_image_once(lab, two):
+def test_evaluation_by_two_processes_counts_each_image_once(data, teachers, two):
     """23 images: neither process has a half of them, and none is doubled to make one."""
     results = json.loads((two[0] / "student" / "results.json").read_text())
-    info = read_info(lab / "data")
+    info = read_info(data)
     network, _ = load_network(two[0] / "student" / "best.pt", 6)
     images = load_test_images(Lists(info, list(range(6)), train=[], select=[], test=read_split(info, "test")),
-                              student_run(lab / "data", lab, "fp32").settings)
+                              student_run(data, teachers, "fp32").settings)
     confusion = evaluate(network, images, 6, torch.device("cpu"), "fp32")
     assert results["confusion"] == confusion.tolist() and results["images"] == 23
 
 
-def test_only_the_first_process_writes_and_one_of_them_builds_the_image_cache(lab, two):
+def test_only_the_first_process_writes_and_one_of_them_builds_the_image_cache(two):
     written = [(two[0] / f"notes_written{rank}").read_text() for rank in range(2)]
     assert "last.pt" in written[0] and "log.jsonl" in written[0]
     assert str(two[0]) not in written[1]
     assert sorted(text.count(".npy', -1, -1)") for text in written) == [0, 1]  # renamed into place
 
 
-def test_a_process_that_dies_ends_the_job_with_a_message(lab, tmp_path):
+def test_a_process_that_dies_ends_the_job_with_a_message(data, teachers, tmp_path):
     started = time.monotonic()
-    process = start_two(lab, tmp_path / "student", DIES="1 2")
+    process = start_two(data, teachers, tmp_path, DIES="1 2")
     said, complaints = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - started < 100
     assert "exitcode: -9" in complaints.replace(" ", "").replace("exitcode:", "exitcode: ")
     assert "error: another process of this job has ended" in complaints and "--resume" in complaints
 
 
-def test_a_signal_to_torchrun_leaves_one_checkpoint_of_both(lab, tmp_path):
-    process = start_two(lab, tmp_path / "student", "--epochs", "200")
+def test_a_signal_to_torchrun_leaves_one_checkpoint_of_both(data, teachers, tmp_path):
+    process = start_two(data, teachers, tmp_path, "--epochs", "200")
     deadline = time.monotonic() + 120
     while not (tmp_path / "notes0.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

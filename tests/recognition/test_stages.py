@@ -1,33 +1,24 @@
 """Whole scripts on tiny data, as a user runs them: all five stages, the test entry, resuming, several processes."""
 
 import csv
-import dataclasses
 import json
 import math
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import baseline_cl_s_weight
 import baseline_cl_t1
-import baseline_cl_t2
-import baseline_cl_t3
 import baseline_resnet50
-import dota_baseline_cl_s_weight
-import dota_baseline_cl_t1
-import dota_baseline_cl_t2
-import dota_baseline_cl_t3
-import dota_baseline_resnet50
 import run_all
 from ClassAwareSampler import ClassAwareBatchSampler
 from common.runtime import UserError
 from dataset import network_input
 from recognition import engine, evaluation
 from recognition.distillation import sums_by_class
-from recognition.run import Run, start_run
+from recognition.run import start_run
 from recognition.settings import Settings, parse_settings, why_epochs_are_fixed
 from recognition.stage import read_lists
 from resnet50 import ResNet50
@@ -106,18 +97,6 @@ def test_rivals_leave_plain_networks(pipeline):
     assert not best["ldam_drw"]["fc.bias"].any()
     different = {name for name, value in best["crt"].items() if not torch.equal(value, best["baseline"][name])}
     assert different == {"fc.weight", "fc.bias"}
-
-
-def test_adjusted_logits_are_those_of_the_network_that_is_tested_and_kept():
-    torch.manual_seed(0)
-    counts, network = torch.tensor([90, 9, 1]), ResNet50(3).eval()
-    run = SimpleNamespace(settings=Settings(logit_adjustment=1.0), network=network, class_counts=counts)
-    images = torch.randn(2, 1, 32, 32)
-    with torch.no_grad():
-        found, trained = Run.published_network(run)(images)[0], network(images)[0]
-    assert torch.allclose(found, trained - (counts / 100).log(), atol=1e-5)
-    run.settings = Settings()
-    assert Run.published_network(run) is network
 
 
 def test_results_have_what_the_reader_is_promised(pipeline, tiny):
@@ -223,18 +202,6 @@ def test_the_last_checkpoint_describes_itself_and_can_be_tested(pipeline, tiny, 
                     tmp_path / "test", "--device", "cpu") == 0
     results = json.loads((tmp_path / "test" / "results.json").read_text())
     assert [row["name"] for row in results["per_class"]] == ["a", "b"] and results["image_size"] == 32
-
-
-def test_dihedral_draws_quarter_turns_beside_the_same_flips():
-    run = SimpleNamespace(settings=Settings(batch_size=4000), flips=torch.Generator().manual_seed(1))
-    flips = torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.5
-    flip, turns = engine.draw_symmetries(run)
-    assert torch.equal(flip, flips) and not turns.any()
-    run.settings = Settings(batch_size=4000, augment="dihedral")
-    run.flips.manual_seed(1)
-    flip, turns = engine.draw_symmetries(run)
-    assert torch.equal(flip, flips)
-    assert (2 * turns + flip).bincount(minlength=8).tolist() == pytest.approx([500] * 8, abs=100)
 
 
 def test_one_student_step_is_that_of_the_paper(pipeline, tiny):
@@ -387,18 +354,6 @@ def test_bf16_trains_too_and_the_last_epoch_can_be_kept(tiny, tmp_path, monkeypa
     assert "last epoch 2: val accuracy" in output and "24 test images; the last epoch; " in output
 
 
-def test_labels_drowned_by_imitation_are_said_once(capsys):
-    run = SimpleNamespace(settings=Settings(), warned=False)
-    engine.warn_of_drowned_labels(run, {"epoch": 1, "cross_entropy": 2.0, "mse_t1": 19.9, "mse_t2": 3.0})
-    engine.warn_of_drowned_labels(run, {"epoch": 9, "cross_entropy": 0.001, "mse_t1": 0.2})  # the labels are learned
-    assert not capsys.readouterr().out
-    for _ in range(2):
-        engine.warn_of_drowned_labels(run, {"epoch": 2, "cross_entropy": 2.0, "mse_t1": 3.0, "mse_t2": 60.0})
-    output = capsys.readouterr().out
-    assert output.startswith("note: mse_t2 is 30 times the classification loss") and output.count("\n") == 1
-    assert "--teacher-batch-norm train" in output
-
-
 def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny, tmp_path):
     first = pipeline[0] / "seed0"
     done = run_two_processes("baseline_cl_s_weight.py", "--data-root", tiny, "--output", tmp_path / "s",
@@ -413,32 +368,3 @@ def test_two_processes_train_one_student_and_test_each_image_once(pipeline, tiny
                        for folder in (first / "student", tmp_path / "s"))
     assert torch.equal(alone["flips"], together["flips"])
     assert together["sampler"]["known"].any() and together["description"]["processes"] == 2
-
-
-def test_the_dota_twins_differ_in_the_data_set_and_the_authors_start():
-    for stage, twin in ((baseline_resnet50, dota_baseline_resnet50), (baseline_cl_t1, dota_baseline_cl_t1),
-                        (baseline_cl_t2, dota_baseline_cl_t2), (baseline_cl_t3, dota_baseline_cl_t3),
-                        (baseline_cl_s_weight, dota_baseline_cl_s_weight)):
-        released = {**stage.STAGE.released, "init": twin.STAGE.released["init"]}
-        assert dataclasses.replace(stage.STAGE, script_prefix="dota_", released=released) == twin.STAGE
-        changed = {name for name, value in vars(twin.SETTINGS).items() if value != vars(stage.SETTINGS)[name]}
-        assert changed == {"data_root"}
-
-
-def test_help_needs_no_data_and_lists_the_settings_that_the_stage_uses():
-    done = run_program("baseline_cl_t2.py", "--help")
-    assert done.returncode == 0
-    unused = {"t2", "t3", "calibration_momentum"}
-    for field in dataclasses.fields(Settings):
-        assert ("  --" + field.name.replace("_", "-") in done.stdout) == (field.name not in unused), field.name
-    for default in ("data/FGSC-23", "100", "0.001", "33,63,93", "baseline", "on"):
-        assert f"(default: {default})" in " ".join(done.stdout.split())
-
-
-@pytest.mark.parametrize("script, flag", [
-    (baseline_cl_t1, "--t3 nonexistent.pt"), (baseline_cl_t1, "--t1 x.pt"), (baseline_cl_t2, "--t2 x.pt"),
-    (baseline_cl_t3, "--t3 x.pt"), (baseline_resnet50, "--no-distillation"), (baseline_cl_t1, "--feature-cache 1"),
-    (baseline_resnet50, "--teacher-batch-norm eval"), (baseline_cl_t3, "--calibration-momentum 0.5")])
-def test_a_setting_that_a_stage_cannot_use_is_refused(script, flag, tmp_path, capsys):
-    assert run_main(script, *flag.split(), "--output", tmp_path / "run") == 2
-    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err and not list(tmp_path.iterdir())
