@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 import baseline_cl_s_weight
+import prepare_dataset
 from common.files import save_checkpoint
 from common.runtime import run_script
-from dataset import DatasetInfo, write_dataset
+from dataset import DatasetInfo, class_counts, read_info, read_split, write_dataset
 from detection import engine
 from detection.checkpoint import describe_model, describe_preprocessing
 from detection.network.detector import Detector
@@ -46,6 +47,28 @@ DESCRIPTION = {"stage": "t1", "classes": ["a", "b"], "groups": {"head": [0], "mi
 SMALL = [{"model": {"a.weight": torch.ones(7, 3), "b": torch.arange(5), "c": torch.ones(3).half()}, "epoch": 1,
           "description": DESCRIPTION},
          {"weight": torch.nn.Parameter(torch.ones(3, 4)), "view": torch.ones(4, 4).t()[1:]}]
+
+
+def draw_folders(root, counts, start=0):
+    """Class folders of small images of noise. counts: {folder: number of images}. Returns their folder."""
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for _ in range(count):
+            start += 1
+            draw_noise(root / folder / f"{start}.png", (12, 10))
+    return root
+
+
+def prepare(*arguments):
+    """prepare_dataset.py in this process. Returns its exit status; errors are raised."""
+    return prepare_dataset.main([str(argument) for argument in (*arguments, "--processes", 1)])
+
+
+def counts_of(root, *splits):
+    """The images of each class in some splits of a data set."""
+    info = read_info(root)
+    return class_counts([sample.label for split in splits for sample in read_split(info, split)],
+                        len(info.classes)).tolist()
 
 
 def draw_tiny(root, train=TINY_TRAIN, val=2, test=4, groups=TINY_GROUPS, seed=0):
