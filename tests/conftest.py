@@ -5,8 +5,11 @@ import signal
 import pytest
 import torch
 
+import prepare_dataset
 from benchmarks.bench_training import save_teachers
 from dataset import read_info
+from detection import pictures
+from recognition import evaluation, report
 from tests.support import draw_tiny
 
 
@@ -16,6 +19,17 @@ def signals_of_a_terminal():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def without_pictures():
+    """What this test runs draws no pictures, which take up to a third of the time of runs so short."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((pictures, "draw_curves"), (pictures, "draw_precision_recall"), (pictures, "draw_sheet"),
+                             (report, "draw_curves"), (evaluation, "draw_pictures"),
+                             (prepare_dataset, "draw_class_counts")):
+            patch.setattr(module, name, lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -294,7 +294,7 @@ def test_a_device_without_bf16_at_all_does_not_keep_it(monkeypatch):
     assert not precision.computes_in("bf16", torch.device("cuda"))
 
 
-def test_resuming_a_stage_with_auto_goes_on_in_its_precision(monkeypatch, tiny, tmp_path, capsys):
+def test_resuming_a_stage_with_auto_goes_on_in_its_precision(without_pictures, monkeypatch, tiny, tmp_path, capsys):
     flags = ("--data-root", tiny, "--init", "none", *without_precision(QUICK), "--output", tmp_path / "run")
     is_fast(monkeypatch, "fp32")
     with monkeypatch.context() as stopping:
@@ -308,7 +308,7 @@ def test_resuming_a_stage_with_auto_goes_on_in_its_precision(monkeypatch, tiny, 
     assert "precision fp32, in which this run was begun" in output and "; precision fp32; seed 0" in output
 
 
-def test_resuming_a_detector_with_auto_goes_on_in_its_precision(monkeypatch, tmp_path, capsys):
+def test_resuming_a_detector_with_auto_goes_on_in_its_precision(without_pictures, monkeypatch, tmp_path, capsys):
     write_demo(tmp_path / "scenes", seed=0, train=4, test=2, size=64)
     flags = ("--train", tmp_path / "scenes" / "train.json", "--test", tmp_path / "scenes" / "test.json",
              *without_precision(QUICK_DETECTOR), "--epochs", "1", "--output", tmp_path / "run")

@@ -17,7 +17,7 @@ from torchvision.models.resnet import Bottleneck
 from common.runtime import UserError
 from common.weights import cast_convolutions, fold_batch_norm
 from demo.draw_scenes import write_demo
-from detection import convert, pictures, train_gfl, train_ld
+from detection import convert, train_gfl, train_ld
 from detection.checkpoint import load_detector
 from detection.network.backbone import DEPTHS, Backbone, initialise
 from detection.network.deformable import ModulatedDeformConv2d
@@ -341,9 +341,7 @@ def flags(tmp_path_factory):
             "--epochs", "1")
 
 
-def test_detectors_on_each_backbone_train_teach_and_are_tested(few_blocks, flags, tmp_path, capsys, monkeypatch):
-    for picture in ("draw_curves", "draw_precision_recall", "draw_sheet"):
-        monkeypatch.setattr(pictures, picture, lambda *_: None)  # most of the time of so short a run
+def test_detectors_on_each_backbone_train_teach_and_are_tested(few_blocks, without_pictures, flags, tmp_path, capsys):
     runs = [(train_gfl, family, dcn, "fp32", ()) for family, dcn in CASES[:2]]
     runs.append((train_ld, *CASES[2], "bf16", ("--teacher", tmp_path / "resnext" / "final.pt")))
     for script, family, dcn, precision, more in runs:

@@ -28,6 +28,7 @@ from tests.support import (
     weights_of,
 )
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # of the tests: the fixtures' runs draw theirs
 PEER = ("--peer-depth", "18", "--auxiliary", "iou+iop")
 TESTED = {"final.pt", "results.json", "precision_recall.png", "detections.png", "detections.json"}
 FILES = {"settings.json", "log.jsonl", "last.pt", "curves.png", *TESTED}

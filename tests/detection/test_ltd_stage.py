@@ -33,6 +33,7 @@ from tests.support import (
     stop_at_step,
 )
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # of the tests: the fixtures' runs draw theirs
 CLASSES = ["plane", "ship", "storage_tank"]
 TERMS = {"qfl", "box", "dfl", "ccd_fused", "ccd_pooled", "ccd_attention", "tasd_ld_main", "tasd_ld_vlr", "tasd_kd_main",
          "tasd_kd_vlr"}

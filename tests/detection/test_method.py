@@ -16,6 +16,8 @@ from detection.methods.method import Method
 from detection.network.detector import Detector
 from tests.support import QUICK_DETECTOR
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def forward(student, companions, images, teacher):
     return {"student": student(images), "peer": companions["peer"](images)}

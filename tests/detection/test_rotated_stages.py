@@ -36,6 +36,8 @@ from tests.support import (
     weights_of,
 )
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # of the tests: the fixtures' runs draw theirs
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):

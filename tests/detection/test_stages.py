@@ -27,6 +27,8 @@ from tests.support import (
     weights_of,
 )
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # of the tests: the fixtures' runs draw theirs
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
@@ -380,7 +382,7 @@ def test_no_object_to_learn_from_is_named(flags, scenes, tmp_path, capsys):
 
 
 def test_images_to_test_on_may_lie_elsewhere_and_hold_nothing_to_find(flags, scenes, tmp_path):
-    """All AP are None then, in the curves as well."""
+    """All AP are None then, in the log as well."""
     content = json.loads((scenes / "test.json").read_text())
     (scenes / "images").rename(scenes / "pictures")
     try:
@@ -390,7 +392,8 @@ def test_images_to_test_on_may_lie_elsewhere_and_hold_nothing_to_find(flags, sce
                         tmp_path / "run") == 0
     finally:
         (scenes / "pictures").rename(scenes / "images")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["AP"] is None
+    (record,) = log_of(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["AP"] is record["AP"] is None
 
 
 def test_another_test_does_not_replace_the_results(runs, scenes, tmp_path, capsys):

@@ -8,6 +8,8 @@ from PIL import Image
 from dataset import read_info, read_split
 from tests.support import draw_folders, draw_noise, prepare
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture
 def sound(tmp_path):

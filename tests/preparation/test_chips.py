@@ -16,6 +16,8 @@ from preparation.chips import MIN_EDGE, chip_box, square_box
 from recognition.published import DOTA
 from tests.support import counts_of, draw_noise, error_line, prepare, real, run_tool, write_dota
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @given(st.tuples(*[st.floats(-30, 90)] * 4), st.tuples(*[st.integers(1, 60)] * 2), st.floats(0, 1))
 @settings(max_examples=200, deadline=None)

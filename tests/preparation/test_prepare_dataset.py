@@ -14,6 +14,8 @@ from common.runtime import UserError
 from dataset import fingerprint, read_info, read_split
 from tests.support import counts_of, draw_folders, error_line, prepare, run_program, run_tool, write_dota
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 def files_under(root):
     return sorted(str(path.relative_to(root)) for path in root.rglob("*"))

@@ -9,6 +9,9 @@ from dataset import read_info, read_split
 from recognition.published import FGSC23
 from tests.support import counts_of, draw_folders, draw_noise, prepare, real
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
+
 # ---- class folders ---------------------------------------------------------------------------------------------------
 
 

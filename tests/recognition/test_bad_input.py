@@ -209,7 +209,7 @@ def test_a_baseline_of_other_classes_is_no_start(tiny, tmp_path, capsys):
     assert_one_line(capsys, r"other\.pt: its class 0 is 'b'")
 
 
-def test_a_run_does_not_go_on_with_other_lists(own_tiny, tmp_path, capsys):
+def test_a_run_does_not_go_on_with_other_lists(own_tiny, without_pictures, tmp_path, capsys):
     flags = ("--data-root", own_tiny, "--output", tmp_path / "b", "--init", "none", *QUICK, "--epochs", "1")
     assert run_main(baseline_resnet50, *flags) == 0
     (tmp_path / "b" / "results.json").unlink()
@@ -220,7 +220,7 @@ def test_a_run_does_not_go_on_with_other_lists(own_tiny, tmp_path, capsys):
     assert_one_line(capsys, "holds a run on other lists, classes or groups")
 
 
-def test_a_checkpoint_that_no_run_can_go_on_from(tiny, tmp_path, capsys):
+def test_a_checkpoint_that_no_run_can_go_on_from(tiny, without_pictures, tmp_path, capsys):
     flags = ("--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK, "--epochs", "1")
     assert run_main(baseline_resnet50, *flags) == 0
     (tmp_path / "b" / "results.json").unlink()
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_no_run_can_go_on_from(tiny, tmp_path, capsys):
     assert_one_line(capsys, r"last\.pt: not a checkpoint that this run can go on from")
 
 
-def test_unusual_images_are_converted_and_trained_on(tmp_path):
+def test_unusual_images_are_converted_and_trained_on(without_pictures, tmp_path):
     root = draw_tiny(tmp_path / "tiny")
     pixels = np.full((30, 50), 90, np.uint8)
     for number, image in enumerate((Image.fromarray(pixels.astype(np.uint16) * 257),

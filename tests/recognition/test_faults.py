@@ -18,6 +18,8 @@ from recognition import engine
 from resnet50 import read_weights
 from tests.support import QUICK, log_of, run_main, stop_at_step, student_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):

@@ -17,6 +17,7 @@ from dataset import network_input, read_info
 from recognition import engine, feature_cache
 from tests.support import QUICK, log_of, run_main, stop_at_step, student_flags, student_run
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 # Features can be kept where they do not depend on the rest of the batch.
 ALONE = ("--teacher-batch-norm", "recalibrated")
 KEPT = (*ALONE, "--feature-cache", "1")

@@ -16,7 +16,7 @@ import run_all
 from ClassAwareSampler import ClassAwareBatchSampler
 from common.runtime import UserError
 from dataset import network_input
-from recognition import engine, evaluation
+from recognition import engine
 from recognition.distillation import sums_by_class
 from recognition.run import start_run
 from recognition.settings import Settings, parse_settings, why_epochs_are_fixed
@@ -33,6 +33,7 @@ from tests.support import (
     student_flags,
 )
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # of the tests: the fixtures' runs draw theirs
 STAGES = ("baseline", "t1", "t2", "t3", "student")
 RIVALS = ("class_aware", "balanced_softmax", "logit_adjustment", "ldam_drw", "crt")
 
@@ -163,10 +164,7 @@ def test_resuming_ends_with_the_weights_of_a_run_never_stopped(pipeline, tiny, t
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
-def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(engine.report, "draw_curves", lambda *_: None)
-
+def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(tiny, tmp_path, capsys):
     def train(name, epochs, *more):
         return run_main(baseline_cl_t1, "--data-root", tiny, "--output", tmp_path / name, "--init", "none", *QUICK,
                         "--schedule", "steps", "--lr-steps", "2", "--epochs", epochs, *more)
