@@ -109,7 +109,7 @@ def write_demo(destination: str | Path, seed: int = 0, train: int = 120, test: i
     return write_whole(destination, settings, write_files)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and write the demo set."""
     parser = argparse.ArgumentParser(prog="python -m demo.draw_scenes",
                                      description="Draw the demo data set of planes, ships and storage tanks.")
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=40, help="scenes to test on (default %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side of a scene in pixels (default %(default)s)")
     parser.add_argument("--oriented", action="store_true", help="write oriented boxes, in DOTA's layout")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     fresh = write_demo(**vars(arguments))
     print(f"{'drawn in' if fresh else 'already there:'} {arguments.destination}")
 

@@ -142,7 +142,7 @@ def write_demo(destination: str | Path, seed: int = 0, scale: float = 0.125, tes
     return write_whole(destination, settings, write_files)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and write the demo set."""
     parser = argparse.ArgumentParser(description="Draw the demo data set of ships seen from above.")
     parser.add_argument("destination", help="folder to make; must be new or empty")
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--test-per-class", type=int, default=12, help="test images a class (default %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="side in pixels of the pictures that chips are cut out of "
                         "(default %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     fresh = write_demo(**vars(arguments))
     print(f"{'drawn in' if fresh else 'already there:'} {arguments.destination}")
 

@@ -129,6 +129,11 @@ def real(name):
     return DATA / name
 
 
+def contents(folder):
+    """{path below a folder: content} of all its files."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def log_of(folder):
     """The log without its times, which differ from run to run."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ from common.files import append_json_line, load_checkpoint, save_checkpoint, wri
 from common.image_cache import ImageCache
 from common.runtime import UserError
 from dataset import read_info, read_split, write_dataset
-from tests.support import PROJECT, QUICK, draw_tiny, run_main, run_program
+from tests.support import PROJECT, QUICK, contents, draw_tiny, run_main, run_program
 
 resource = pytest.importorskip("resource", reason="this system has no quotas to set")
 
@@ -35,10 +35,6 @@ def quota(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 STATE = {"model": {f"weight{number}": torch.zeros(5000) for number in range(50)}}  # a megabyte
@@ -95,7 +91,7 @@ def test_a_cache_larger_than_the_free_space_is_not_begun(tiny, tmp_path, monkeyp
     assert list(contents(tmp_path / "cache")) == [".lock"]
 
 
-def test_a_run_that_reached_its_quota_goes_on_when_there_is_room(tiny, tmp_path, capsys):
+def test_a_run_that_reached_its_quota_goes_on_when_there_is_room(tiny, without_pictures, tmp_path, capsys):
     flags = ("--data-root", tiny, "--output", tmp_path / "b", "--init", "none", *QUICK, "--epochs", "1")
     with quota(CHECKPOINT + 20_000_000):  # room for best.pt, not for last.pt
         assert run_main(baseline_resnet50, *flags) == 2

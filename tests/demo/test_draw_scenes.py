@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,26 +10,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from common.dota import find_dota_files, read_label_file
-from common.runtime import UserError, run_script
+from common.runtime import UserError
 from demo import draw_scenes, ground, objects, scenes
 from demo.scenes import CLASSES, PLANE, SHIP, TANK, draw_scene, lay_out_scene
-from tests.support import run_program
+from tests.support import contents, run_program, run_tool
 
 SMALL = {"seed": 3, "train": 5, "test": 3, "size": 48}
 SUN = np.array([0.5, 0.5])
-
-
-def tree(folder):
-    """Contents of all files under a folder by relative path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def command(monkeypatch, capsys, *words):
-    """Exit status, stdout and stderr of the program, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["draw_scenes", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        run_script(draw_scenes.main)
-    return exit_.value.code or 0, *capsys.readouterr()
 
 
 def drawn_scenes(count, size, seed=0):
@@ -176,7 +162,7 @@ def test_every_class_and_empty_scenes_occur_and_no_scene_is_crowded(monkeypatch)
 def test_seed_fixes_every_byte(small_set, tmp_path):
     assert draw_scenes.write_demo(tmp_path / "again", **SMALL)
     assert draw_scenes.write_demo(tmp_path / "other", **{**SMALL, "seed": 4})
-    first, again, other = tree(small_set), tree(tmp_path / "again"), tree(tmp_path / "other")
+    first, again, other = contents(small_set), contents(tmp_path / "again"), contents(tmp_path / "other")
     assert first == again
     assert first.keys() == other.keys() and not [name for name in first if first[name] == other[name]]
 
@@ -203,30 +189,31 @@ def test_the_coco_files_say_what_was_drawn(small_set, split):
     assert len(set(numbers)) == len(numbers) > 0
 
 
-def test_command_draws_once_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
+def test_command_draws_once_and_refuses_other_settings(tmp_path, capsys):
     words = (tmp_path / "set", "--train", 2, "--test", 1, "--size", 40)
     first = run_program("-m", "demo.draw_scenes", *words)
     assert first.returncode == 0, first.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    before = tree(tmp_path / "set")
+    before = contents(tmp_path / "set")
     assert before.keys() == {"train.json", "test.json", "sheet.png", "demo.json", "images/train_0000.jpg",
                              "images/train_0001.jpg", "images/test_0000.jpg"}
     assert json.loads(before["demo.json"]) == {"demo": "detection", "drawing_version": draw_scenes.DRAWING_VERSION,
                                                "seed": 0, "train": 2, "test": 1, "size": 40}
-    status, out, _ = command(monkeypatch, capsys, *words)
-    assert status == 0 and "already there" in out
-    status, out, error = command(monkeypatch, capsys, *words, "--seed", 5)
-    assert status == 2 and out == "" and error.count("\n") == 1 and "other settings" in error
-    assert tree(tmp_path / "set") == before
+    assert run_tool(draw_scenes, *words) == 0 and "already there" in capsys.readouterr().out
+    assert run_tool(draw_scenes, *words, "--seed", 5) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and "other settings" in error
+    assert contents(tmp_path / "set") == before
 
 
-def test_command_leaves_foreign_folders_and_files_alone(tmp_path, monkeypatch, capsys):
+def test_command_leaves_foreign_folders_and_files_alone(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("mine")
     for path in (tmp_path / "photos", tmp_path / "photos" / "cat.txt"):
-        status, out, error = command(monkeypatch, capsys, path)
-        assert status == 2 and out == "" and error.startswith("error: ") and error.count("\n") == 1
-    assert tree(tmp_path) == {"photos/cat.txt": b"mine"}
+        assert run_tool(draw_scenes, path) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert contents(tmp_path) == {"photos/cat.txt": b"mine"}
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"train": 0}, {"test": 0}, {"size": 16}, {"size": 4096}])

@@ -11,20 +11,10 @@ from demo import draw_ships
 from demo.pen import Pen, sample
 from demo.ships import DESIGNS
 from recognition.published import FGSC23
-from tests.support import run_program
+from tests.support import contents, run_program, run_tool
 
 CLASS_COUNT = len(FGSC23["classes"])
 SMALL = {"scale": 0.002, "test_per_class": 1, "size": 40}
-
-
-def tree(folder):
-    """Contents of all files under a folder by relative path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def command(*words):
-    """Run the program as a user would."""
-    return run_program("-m", "demo.draw_ships", *words)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +63,7 @@ def test_a_chip_does_not_depend_on_the_order_of_drawing():
 def test_seed_fixes_every_byte(small_set, tmp_path):
     assert draw_ships.write_demo(tmp_path / "again", **SMALL)
     assert draw_ships.write_demo(tmp_path / "other", seed=1, **SMALL)
-    first, again, other = tree(small_set), tree(tmp_path / "again"), tree(tmp_path / "other")
+    first, again, other = contents(small_set), contents(tmp_path / "again"), contents(tmp_path / "other")
     assert first == again
     assert first.keys() == other.keys()
     assert not [name for name in first if first[name] == other[name]]
@@ -111,35 +101,34 @@ def test_layout_of_the_set(small_set):
         assert sheet.height >= CLASS_COUNT * 28
 
 
-def test_command_draws_once(tmp_path):
+def test_command_draws_once(tmp_path, capsys):
     words = (tmp_path / "set", "--scale", 0.002, "--test-per-class", 1, "--size", 40)
-    first = command(*words)
+    first = run_program("-m", "demo.draw_ships", *words)
     assert first.returncode == 0, first.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    before = tree(tmp_path / "set")
+    before = contents(tmp_path / "set")
     assert len(before) == CLASS_COUNT * 4 + 2
     settings = json.loads(before["demo.json"])
     assert settings == {"drawing_version": draw_ships.DRAWING_VERSION, "seed": 0, **SMALL}
-    second = command(*words)
-    assert second.returncode == 0 and "already there" in second.stdout
-    assert tree(tmp_path / "set") == before
+    assert run_tool(draw_ships, *words) == 0 and "already there" in capsys.readouterr().out
+    assert contents(tmp_path / "set") == before
 
 
-def test_command_leaves_a_foreign_folder_alone(tmp_path):
+def test_command_leaves_a_foreign_folder_alone(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.txt").write_text("mine")
-    answer = command(tmp_path / "photos", "--scale", 0.002)
-    assert answer.returncode == 2 and answer.stdout == ""
-    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1
-    assert tree(tmp_path) == {"photos/cat.txt": b"mine"}
+    assert run_tool(draw_ships, tmp_path / "photos", "--scale", 0.002) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+    assert contents(tmp_path) == {"photos/cat.txt": b"mine"}
 
 
 def test_other_settings_are_refused(small_set):
-    before = tree(small_set)
+    before = contents(small_set)
     with pytest.raises(UserError, match="other settings"):
         draw_ships.write_demo(small_set, **{**SMALL, "seed": 5})
     assert draw_ships.write_demo(small_set, **SMALL) is False
-    assert tree(small_set) == before
+    assert contents(small_set) == before
 
 
 def test_an_empty_folder_is_filled_and_a_file_is_refused(tmp_path):

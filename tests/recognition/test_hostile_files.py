@@ -131,11 +131,12 @@ def test_predict_given_garbage_as_weights_says_one_line(tmp_path, capsys, damage
     ("settings.json", b'{"data": ' + b"1" * 5000 + b"}", r"settings\.json: could not be read \(Exceeds the limit"),
     ("settings.json", b'["\x1b[2J"]', r"settings\.json:1: not valid JSON \(Invalid control character"),
 ])
-def test_a_run_does_not_go_on_from_garbage(tiny, tmp_path, name, content, complaint):
+def test_a_run_does_not_go_on_from_garbage(tiny, tmp_path, capsys, name, content, complaint):
     (tmp_path / "last.pt").write_bytes(FILES[0])  # without it nothing was trained, and the folder is free
     (tmp_path / name).write_bytes(content)
     before = tree(tmp_path)
-    done = run_program("baseline_resnet50.py", "--data-root", tiny, "--output", tmp_path, "--init", "none", *QUICK,
-                       "--resume")
-    assert done.returncode == 2 and re.fullmatch(rf"error: .*{complaint}.*\n", done.stderr), done.stderr
+    assert run_main(baseline_resnet50, "--data-root", tiny, "--output", tmp_path, "--init", "none", *QUICK,
+                    "--resume") == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*{complaint}.*\n", said), said
     assert tree(tmp_path) == before
