@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -185,6 +186,27 @@ def authors_state(classes=23, prefix=""):
             value = torch.randn_like(value) * (value.std() if value.numel() > 1 and value.std() > 0 else 0.1)
         state[prefix + name] = value
     state[f"{prefix}conv1.weight"] = torch.randn(64, 3, 7, 7)
+    return state
+
+
+def norm_entries(name, channels):
+    """(name, shape) of every entry of a batch norm."""
+    yield from ((f"{name}.{part}", (channels,)) for part in ("weight", "bias", "running_mean", "running_var"))
+    yield f"{name}.num_batches_tracked", ()
+
+
+def random_entries(entries):
+    """A state dict of these (name, shape) whose numbers neither grow nor vanish from layer to layer."""
+    generator, state = torch.Generator().manual_seed(3), {}
+    for name, shape in entries:
+        values = torch.randn(shape, generator=generator)
+        if name.endswith("num_batches_tracked"):
+            values = torch.tensor(7)
+        elif name.endswith("running_var") or shape == ():
+            values = 0.5 + values.abs()
+        elif len(shape) == 4:
+            values /= math.sqrt(math.prod(shape[1:]))
+        state[name] = values
     return state
 
 

@@ -22,7 +22,7 @@ from detection.checkpoint import load_detector
 from detection.network.backbone import DEPTHS, Backbone, initialise
 from detection.network.deformable import ModulatedDeformConv2d
 from detection.network.detector import Architecture, Detector
-from tests.support import QUICK_DETECTOR, error_line, run_detector, run_tool
+from tests.support import QUICK_DETECTOR, error_line, norm_entries, random_entries, run_detector, run_tool
 
 FEW = [2, 2, 1, 1]  # blocks of the layers of a backbone of "depth 50", so that it is small
 CASES = [("resnet", "c3-c5"), ("resnext", "c4-c5"), ("res2net", "c3-c5")]
@@ -36,11 +36,6 @@ def few_blocks(monkeypatch):
 # ---- what mmdetection writes -----------------------------------------------------------------------------------------
 
 
-def norm(name, channels):
-    yield from ((f"{name}.{part}", (channels,)) for part in ("weight", "bias", "running_mean", "running_var"))
-    yield f"{name}.num_batches_tracked", ()
-
-
 def backbone_entries(blocks, family, deformable):
     """(name, shape) of every entry of a backbone of bottlenecks. deformable: numbers of the layers."""
     def convolution(name, outputs, inputs, size):
@@ -49,10 +44,10 @@ def backbone_entries(blocks, family, deformable):
     if family == "res2net":
         for number, (outputs, inputs) in enumerate(((32, 3), (32, 32), (64, 32))):
             yield from convolution(f"stem.{3 * number}", outputs, inputs, 3)
-            yield from norm(f"stem.{3 * number + 1}", outputs)
+            yield from norm_entries(f"stem.{3 * number + 1}", outputs)
     else:
         yield from convolution("conv1", 64, 3, 7)
-        yield from norm("bn1", 64)
+        yield from norm_entries("bn1", 64)
     into = 64
     for layer, count in enumerate(blocks, 1):
         planes = 32 * 2**layer
@@ -64,19 +59,19 @@ def backbone_entries(blocks, family, deformable):
         for block in range(count):
             name = f"layer{layer}.{block}"
             yield from convolution(f"{name}.conv1", inner, into, 1)
-            yield from norm(f"{name}.bn1", inner)
+            yield from norm_entries(f"{name}.bn1", inner)
             for each, its_norm, channels in middle:
                 yield from convolution(f"{name}.{each}", channels, width, 3)
-                yield from norm(f"{name}.{its_norm}", channels)
+                yield from norm_entries(f"{name}.{its_norm}", channels)
                 if layer in deformable:
                     yield from convolution(f"{name}.{each}.conv_offset", 27, channels, 3)
                     yield f"{name}.{each}.conv_offset.bias", (27,)
             yield from convolution(f"{name}.conv3", 4 * planes, inner, 1)
-            yield from norm(f"{name}.bn3", 4 * planes)
+            yield from norm_entries(f"{name}.bn3", 4 * planes)
             if block == 0:
                 first = 1 if family == "res2net" else 0  # a pooling, which has no entries, comes before
                 yield from convolution(f"{name}.downsample.{first}", 4 * planes, into, 1)
-                yield from norm(f"{name}.downsample.{first + 1}", 4 * planes)
+                yield from norm_entries(f"{name}.downsample.{first + 1}", 4 * planes)
             into = 4 * planes
 
 
@@ -87,20 +82,6 @@ def entries(blocks, family, dcn):
         rest = convert.to_mmdet(Detector(3, Architecture(50, 64, 1)).state_dict())
     yield from ((f"backbone.{name}", shape) for name, shape in backbone_entries(blocks, family, deformable))
     yield from ((name, tuple(value.shape)) for name, value in rest.items() if not name.startswith("backbone."))
-
-
-def random_state(family, dcn):
-    generator, state = torch.Generator().manual_seed(3), {}
-    for name, shape in entries(FEW, family, dcn):
-        values = torch.randn(shape, generator=generator)
-        if name.endswith("num_batches_tracked"):
-            values = torch.tensor(7)
-        elif name.endswith("running_var") or shape == ():
-            values = 0.5 + values.abs()
-        elif len(shape) == 4:
-            values /= math.sqrt(math.prod(shape[1:]))
-        state[name] = values
-    return state
 
 
 # ---- a forward pass without modules ----------------------------------------------------------------------------------
@@ -187,7 +168,7 @@ def assert_near(maps, expected, tolerance):
 @pytest.mark.parametrize("family, dcn", CASES)
 def test_a_converted_backbone_computes_what_loops_compute(few_blocks, tmp_path, capsys, family, dcn):
     """So it does with its batch norms folded, and in bf16 as a teacher does."""
-    state = random_state(family, dcn)
+    state = random_entries(entries(FEW, family, dcn))
     torch.save({"meta": {"CLASSES": list("abc")}, "state_dict": state}, tmp_path / "w.pth")
     assert run_tool(convert, tmp_path / "w.pth", tmp_path / "out.pt") == 0
     network, _ = load_detector(tmp_path / "out.pt")

@@ -1,6 +1,5 @@
 """Detectors of mmdetection: every entry gets its name, and the network computes what plain convolutions compute."""
 
-import math
 from functools import partial
 
 import pytest
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from detection import convert
 from detection.checkpoint import load_detector
 from detection.network.detector import Architecture, Detector
-from tests.support import error_line, run_tool
+from tests.support import error_line, norm_entries, random_entries, run_tool
 
 NAMES = ["ship", "storage tank", "harbor"]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -23,14 +22,9 @@ run = partial(run_tool, convert)
 # ---- what mmdetection writes -----------------------------------------------------------------------------------------
 
 
-def norm(name, channels):
-    yield from ((f"{name}.{part}", (channels,)) for part in ("weight", "bias", "running_mean", "running_var"))
-    yield f"{name}.num_batches_tracked", ()
-
-
 def backbone(depth):
     yield "backbone.conv1.weight", (64, 3, 7, 7)
-    yield from norm("backbone.bn1", 64)
+    yield from norm_entries("backbone.bn1", 64)
     into, widen = 64, 4 if depth >= 50 else 1
     for layer, blocks in enumerate(BLOCKS[depth], 1):
         width = 32 * 2**layer
@@ -41,10 +35,10 @@ def backbone(depth):
                 shapes = [(width, into, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
             for number, shape in enumerate(shapes, 1):
                 yield f"{name}.conv{number}.weight", shape
-                yield from norm(f"{name}.bn{number}", shape[0])
+                yield from norm_entries(f"{name}.bn{number}", shape[0])
             if block == 0 and into != width * widen:
                 yield f"{name}.downsample.0.weight", (width * widen, into, 1, 1)
-                yield from norm(f"{name}.downsample.1", width * widen)
+                yield from norm_entries(f"{name}.downsample.1", width * widen)
             into = width * widen
 
 
@@ -73,29 +67,15 @@ def entries(depth, quality=False, channels=CHANNELS, towers=TOWERS, reg_max=REG_
         yield from convolution("bbox_head.reg_conf.2", 1, 64, 1, 1)
 
 
-def random_state(quality):
-    generator, state = torch.Generator().manual_seed(3), {}
-    for name, shape in entries(18, quality):
-        values = torch.randn(shape, generator=generator)
-        if name.endswith("num_batches_tracked"):
-            values = torch.tensor(7)
-        elif name.endswith("running_var") or shape == ():
-            values = 0.5 + values.abs()
-        elif len(shape) == 4:
-            values /= math.sqrt(math.prod(shape[1:]))
-        state[name] = values
-    return state
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["GFL", "GFocal V2"])
 def state(request):
     """A state dict of mmdetection. No test may change it."""
-    return random_state(request.param)
+    return random_entries(entries(18, request.param))
 
 
 @pytest.fixture(scope="module")
 def plain_state():
-    return random_state(False)
+    return random_entries(entries(18))
 
 
 # ---- a forward pass without modules ----------------------------------------------------------------------------------
