@@ -96,8 +96,8 @@ def test_processes_that_start_at_once_build_one_cache(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_chunks(tmp_path_factory):
-    """A data set of 84 training images, which are a chunk of 64 and one of 20, and so work for two processes."""
-    return draw_tiny(tmp_path_factory.mktemp("data") / "two_chunks", train=[40, 20, 10, 5, 5, 4])
+    """A data set of 66 training images, which are a chunk of 64 and one of 2, and so work for two processes."""
+    return draw_tiny(tmp_path_factory.mktemp("data") / "two_chunks", train=[30, 15, 8, 5, 4, 4])
 
 
 def children_of(process):
@@ -132,11 +132,11 @@ def test_a_cache_half_built_by_a_killed_process_is_never_used_and_never_waited_f
 def test_an_interrupted_build_says_one_word_and_leaves_nothing(two_chunks, tmp_path):
     program = f"from common.runtime import run_script\nrun_script(lambda: exec({BUILD!r}, {{}}))"
     (tmp_path / "start").touch()
-    process = subprocess.Popen([sys.executable, "-c", program, str(two_chunks), str(tmp_path), "stopped", "0.05"],
+    process = subprocess.Popen([sys.executable, "-c", program, str(two_chunks), str(tmp_path), "stopped", "0.3"],
                                cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     wait_for(lambda: list((tmp_path / "cache").glob(".*.partial")), [process])
-    time.sleep(1.8)  # now the decoder of the shorter chunk waits for work, that of the other is at it
+    time.sleep(1.5)  # now the decoder of the shorter chunk waits for work, and that of the other has 19 seconds of it
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "interrupted\n")
     assert process.returncode == 130 and names_in(tmp_path / "cache") == [".lock"]

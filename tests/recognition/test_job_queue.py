@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_what_waits_for_nothing_runs_at_once_and_the_rest_in_order(make, capfd):
     assert jobs[5].folder.exists() and not jobs[4].folder.exists()
     output = capfd.readouterr().out
     assert f"seed0/a: started, output in {jobs[0].log}\n" in output
-    assert "seed0/d: finished after 0.0 minutes, accuracy 50.0; " in output and "; 0 left\n" in output
+    assert re.search(r"seed0/d: finished after \d\.\d minutes, accuracy 50\.0; ", output) and "; 0 left\n" in output
     assert output.count("\n") == 2 * 5
 
 
@@ -88,7 +89,7 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(make, capfd):
         "fixed, go on with --resume")
     assert jobs[4].folder.exists() and not jobs[2].folder.exists()
     assert fails.log.read_text().startswith("error: of an earlier run\nof no interest\n")
-    assert "seed0/t1: FAILED after 0.0 minutes; " in capfd.readouterr().out
+    assert re.search(r"seed0/t1: FAILED after \d\.\d minutes; ", capfd.readouterr().out)
 
 
 def test_without_a_log_the_failure_is_named_all_the_same(make):
