@@ -1,4 +1,4 @@
-"""Signals as in a terminal, a tiny drawn data set, and teachers for it."""
+"""Signals as in a terminal, a measured precision, runs without pictures, and a tiny drawn data set with teachers."""
 
 import signal
 
@@ -7,6 +7,7 @@ import torch
 
 import prepare_dataset
 from benchmarks.bench_training import save_teachers
+from common.precision import resolve_precision
 from dataset import read_info
 from detection import pictures
 from recognition import evaluation, report
@@ -19,6 +20,12 @@ def signals_of_a_terminal():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_precision():
+    """Where `--precision auto` has to be measured it is now: the first program to do so has a line more on stderr."""
+    resolve_precision("auto", torch.device("cpu"))
 
 
 @pytest.fixture
