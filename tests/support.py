@@ -50,43 +50,7 @@ SMALL = [{"model": {"a.weight": torch.ones(7, 3), "b": torch.arange(5), "c": tor
          {"weight": torch.nn.Parameter(torch.ones(3, 4)), "view": torch.ones(4, 4).t()[1:]}]
 
 
-def draw_folders(root, counts, start=0):
-    """Class folders of small images of noise. counts: {folder: number of images}. Returns their folder."""
-    for folder, count in counts.items():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for _ in range(count):
-            start += 1
-            draw_noise(root / folder / f"{start}.png", (12, 10))
-    return root
-
-
-def prepare(*arguments):
-    """prepare_dataset.py in this process. Returns its exit status; errors are raised."""
-    return prepare_dataset.main([str(argument) for argument in (*arguments, "--processes", 1)])
-
-
-def counts_of(root, *splits):
-    """The images of each class in some splits of a data set."""
-    info = read_info(root)
-    return class_counts([sample.label for split in splits for sample in read_split(info, split)],
-                        len(info.classes)).tolist()
-
-
-def draw_tiny(root, train=TINY_TRAIN, val=2, test=4, groups=TINY_GROUPS, seed=0):
-    """A prepared data set of grey 40 x 40 noise with a bright band whose height tells the class. Returns its folder."""
-    generator = np.random.default_rng(seed)
-    images, lists = root / "images", {}
-    images.mkdir(parents=True)
-    for split, counts in (("train", train), ("val", [val] * len(train)), ("test", [test] * len(train))):
-        lists[split] = []
-        for label, count in enumerate(counts):
-            for number in range(count):
-                pixels = generator.integers(0, 60, (40, 40), dtype=np.uint8)
-                pixels[label * 6:label * 6 + 6] += 150
-                Image.fromarray(pixels).save(images / f"{split}_{label}_{number}.png")
-                lists[split].append((f"{split}_{label}_{number}.png", label))
-    write_dataset(DatasetInfo(root, "tiny", list("abcdef")[:len(train)], groups, "by hand", images), lists)
-    return root
+# ---- programs --------------------------------------------------------------------------------------------------------
 
 
 def run_program(*command, **options):
@@ -109,13 +73,6 @@ def run_tool(script, *arguments):
     return exit_.value.code or 0
 
 
-def error_line(capsys):
-    """What stderr holds, which must be one line of an error."""
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def run_main(module, *arguments):
     """Run a stage script's program in this process. Returns its exit status."""
     with pytest.raises(SystemExit) as exit_:
@@ -123,34 +80,35 @@ def run_main(module, *arguments):
     return exit_.value.code or 0
 
 
-def real(name):
-    """The folder of a real data set; the test is skipped where it is absent."""
-    if not (DATA / name).is_dir():
-        pytest.skip(f"no real images at {DATA / name}; set AERIAL_DATA to the folder that holds {name}")
-    return DATA / name
+def run_detector(module, *arguments):
+    """Run the program of a detector's training script in this process. Returns its exit status."""
+    with pytest.raises(SystemExit) as exit_:
+        engine.run_stage(module.METHOD, module.SETTINGS, "", [str(argument) for argument in arguments])
+    return exit_.value.code or 0
 
 
-def contents(folder):
-    """{path below a folder: content} of all its files."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def prepare(*arguments):
+    """prepare_dataset.py in this process. Returns its exit status; errors are raised."""
+    return prepare_dataset.main([str(argument) for argument in (*arguments, "--processes", 1)])
 
 
-def log_of(folder):
-    """The log without its times, which differ from run to run."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
-            for record in records]
+def error_line(capsys):
+    """What stderr holds, which must be one line of an error."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
 
 
-def weights_of(folder):
-    """The weights that a detector's run ended with."""
-    return torch.load(folder / "final.pt", weights_only=True)["model"]
+def printed_line(error):
+    """What a program prints of an error."""
+    printed = io.StringIO()
 
+    def fail():
+        raise error
 
-def student_flags(seed_folder):
-    """The flags of a student elsewhere that has its start and its teachers from a finished run."""
-    origins = {"--init": "baseline", "--t1": "t1", "--t2": "t2", "--t3": "t3"}
-    return [part for flag, name in origins.items() for part in (flag, seed_folder / name / "best.pt")]
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit):
+        run_script(fail)
+    return printed.getvalue()
 
 
 def stop_at_step(monkeypatch, engine, number, signal_number=signal.SIGTERM):
@@ -165,98 +123,6 @@ def stop_at_step(monkeypatch, engine, number, signal_number=signal.SIGTERM):
         return train_step(*arguments)
 
     monkeypatch.setattr(engine, "train_step", signal_and_step)
-
-
-def student_run(data, teachers, precision, *flags):
-    """A student's Run as its script would start it."""
-    stage, flags = baseline_cl_s_weight.STAGE, ["--data-root", data, "--output", teachers / "student", *QUICK, *flags]
-    settings, _ = parse_settings(stage, baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
-    return start_run(stage, settings, read_lists(stage, settings), torch.device("cpu"), precision)
-
-
-def authors_state(classes=23, prefix=""):
-    """A state dict in the layout of the released weights, of random numbers: 321 entries."""
-    torch.manual_seed(classes)
-    state = {}
-    for name, value in ResNet50(classes).state_dict().items():
-        name = {"conv1.weight": "conv2.weight", "fc.weight": "fclass.weight", "fc.bias": "fclass.bias"}.get(name, name)
-        if name.endswith("running_var"):
-            value = torch.rand_like(value) + 0.5
-        elif value.is_floating_point():
-            value = torch.randn_like(value) * (value.std() if value.numel() > 1 and value.std() > 0 else 0.1)
-        state[prefix + name] = value
-    state[f"{prefix}conv1.weight"] = torch.randn(64, 3, 7, 7)
-    return state
-
-
-def norm_entries(name, channels):
-    """(name, shape) of every entry of a batch norm."""
-    yield from ((f"{name}.{part}", (channels,)) for part in ("weight", "bias", "running_mean", "running_var"))
-    yield f"{name}.num_batches_tracked", ()
-
-
-def random_entries(entries):
-    """A state dict of these (name, shape) whose numbers neither grow nor vanish from layer to layer."""
-    generator, state = torch.Generator().manual_seed(3), {}
-    for name, shape in entries:
-        values = torch.randn(shape, generator=generator)
-        if name.endswith("num_batches_tracked"):
-            values = torch.tensor(7)
-        elif name.endswith("running_var") or shape == ():
-            values = 0.5 + values.abs()
-        elif len(shape) == 4:
-            values /= math.sqrt(math.prod(shape[1:]))
-        state[name] = values
-    return state
-
-
-def run_detector(module, *arguments):
-    """Run a stage script's program in this process. Returns its exit status."""
-    with pytest.raises(SystemExit) as exit_:
-        engine.run_stage(module.METHOD, module.SETTINGS, "", [str(argument) for argument in arguments])
-    return exit_.value.code or 0
-
-
-def detector_run(method, network, settings, **more):
-    """A detector's Run of one step an epoch, without data. more: other fields, such as its teacher."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    return engine.Run(**{"name": "test", "method": method, "settings": settings, "device": torch.device("cpu"),
-                         "precision": "fp32", "network": network, "optimizer": optimizer, "sampler": [0],
-                         "train_annotations": None, "test_annotations": None, **more})
-
-
-def save_eager_detector(path, classes, architecture, sides):
-    """Save a checkpoint with all that last.pt holds, of a GFL detector of three classes that finds something in any
-    image. sides: short and long, of the images. Returns its path."""
-    torch.manual_seed(0)
-    network = Detector(len(classes), architecture)
-    with torch.no_grad():
-        network.head.classify.weight.normal_(std=0.03)
-        network.head.classify.bias.copy_(torch.tensor([-1.5, -2.0, -6.0]))
-        network.head.regress.weight.normal_(std=0.05)
-        network.head.regress.bias.copy_(-torch.arange(17).repeat(4) / 2)  # boxes of a few strides
-    save_checkpoint(path, {
-        "model": network.state_dict(), "optimizer": {"param_groups": [{"lr": 0.01}]}, "description": {
-            "stage": "gfl", "classes": classes, "model": describe_model(architecture),
-            "preprocessing": describe_preprocessing(*sides), "epoch": 3,
-            "settings": {"lr": 0.01, "init": "/home/someone/resnet.pt", "init_detector": "/home/someone/final.pt"}}})
-    return path
-
-
-def draw_blocks(path, width=80, height=100, seed=0):
-    """Write an image of coloured blocks. Returns its path."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (height // 10 + 1, width // 10 + 1, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(blocks.repeat(10, 0).repeat(10, 1)[:height, :width]).save(path)
-    return path
-
-
-def draw_noise(path, size=(60, 40), seed=0):
-    """Write an image of noise, another one for each file name and seed. Returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng([seed, *path.name.encode()])
-    Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
-    return path
 
 
 class Waited(BaseException):
@@ -281,26 +147,90 @@ def alarm(seconds=30):
         signal.signal(signal.SIGALRM, before)
 
 
-def printed_line(error):
-    """What a program prints of an error."""
-    printed = io.StringIO()
-
-    def fail():
-        raise error
-
-    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit):
-        run_script(fail)
-    return printed.getvalue()
+# ---- what they leave -------------------------------------------------------------------------------------------------
 
 
-def saved(content, **options):
-    """What torch.save makes of it, as bytes."""
-    file = io.BytesIO()
-    torch.save(content, file, **options)
-    return file.getvalue()
+def log_of(folder):
+    """The log without its times, which differ from run to run."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+            for record in records]
 
 
-FILES = [saved(content, _use_new_zipfile_serialization=new) for content in SMALL for new in (True, False)]
+def weights_of(folder):
+    """The weights that a detector's run ended with."""
+    return torch.load(folder / "final.pt", weights_only=True)["model"]
+
+
+def student_flags(seed_folder):
+    """The flags of a student elsewhere that has its start and its teachers from a finished run."""
+    origins = {"--init": "baseline", "--t1": "t1", "--t2": "t2", "--t3": "t3"}
+    return [part for flag, name in origins.items() for part in (flag, seed_folder / name / "best.pt")]
+
+
+def counts_of(root, *splits):
+    """The images of each class in some splits of a data set."""
+    info = read_info(root)
+    return class_counts([sample.label for split in splits for sample in read_split(info, split)],
+                        len(info.classes)).tolist()
+
+
+def contents(folder):
+    """{path below a folder: content} of all its files."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def real(name):
+    """The folder of a real data set; the test is skipped where it is absent."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f"no real images at {DATA / name}; set AERIAL_DATA to the folder that holds {name}")
+    return DATA / name
+
+
+def draw_noise(path, size=(60, 40), seed=0):
+    """Write an image of noise, another one for each file name and seed. Returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng([seed, *path.name.encode()])
+    Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def draw_blocks(path, width=80, height=100, seed=0):
+    """Write an image of coloured blocks. Returns its path."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 10 + 1, width // 10 + 1, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(blocks.repeat(10, 0).repeat(10, 1)[:height, :width]).save(path)
+    return path
+
+
+def draw_folders(root, counts, start=0):
+    """Class folders of small images of noise. counts: {folder: number of images}. Returns their folder."""
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for _ in range(count):
+            start += 1
+            draw_noise(root / folder / f"{start}.png", (12, 10))
+    return root
+
+
+def draw_tiny(root, train=TINY_TRAIN, val=2, test=4, groups=TINY_GROUPS, seed=0):
+    """A prepared data set of grey 40 x 40 noise with a bright band whose height tells the class. Returns its folder."""
+    generator = np.random.default_rng(seed)
+    images, lists = root / "images", {}
+    images.mkdir(parents=True)
+    for split, counts in (("train", train), ("val", [val] * len(train)), ("test", [test] * len(train))):
+        lists[split] = []
+        for label, count in enumerate(counts):
+            for number in range(count):
+                pixels = generator.integers(0, 60, (40, 40), dtype=np.uint8)
+                pixels[label * 6:label * 6 + 6] += 150
+                Image.fromarray(pixels).save(images / f"{split}_{label}_{number}.png")
+                lists[split].append((f"{split}_{label}_{number}.png", label))
+    write_dataset(DatasetInfo(root, "tiny", list("abcdef")[:len(train)], groups, "by hand", images), lists)
+    return root
 
 
 def write_dota(root, images, header=True):
@@ -348,3 +278,85 @@ def write_voc(root, objects, size=(60, 40), split="trainval"):
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     path.write_text("".join(f"{image_id}\n" for image_id in objects))
     return path
+
+
+# ---- networks and their files ----------------------------------------------------------------------------------------
+
+
+def student_run(data, teachers, precision, *flags):
+    """A student's Run as its script would start it."""
+    stage, flags = baseline_cl_s_weight.STAGE, ["--data-root", data, "--output", teachers / "student", *QUICK, *flags]
+    settings, _ = parse_settings(stage, baseline_cl_s_weight.SETTINGS, "", [str(flag) for flag in flags])
+    return start_run(stage, settings, read_lists(stage, settings), torch.device("cpu"), precision)
+
+
+def detector_run(method, network, settings, **more):
+    """A detector's Run of one step an epoch, without data. more: other fields, such as its teacher."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    return engine.Run(**{"name": "test", "method": method, "settings": settings, "device": torch.device("cpu"),
+                         "precision": "fp32", "network": network, "optimizer": optimizer, "sampler": [0],
+                         "train_annotations": None, "test_annotations": None, **more})
+
+
+def save_eager_detector(path, classes, architecture, sides):
+    """Save a checkpoint with all that last.pt holds, of a GFL detector of three classes that finds something in any
+    image. sides: short and long, of the images. Returns its path."""
+    torch.manual_seed(0)
+    network = Detector(len(classes), architecture)
+    with torch.no_grad():
+        network.head.classify.weight.normal_(std=0.03)
+        network.head.classify.bias.copy_(torch.tensor([-1.5, -2.0, -6.0]))
+        network.head.regress.weight.normal_(std=0.05)
+        network.head.regress.bias.copy_(-torch.arange(17).repeat(4) / 2)  # boxes of a few strides
+    save_checkpoint(path, {
+        "model": network.state_dict(), "optimizer": {"param_groups": [{"lr": 0.01}]}, "description": {
+            "stage": "gfl", "classes": classes, "model": describe_model(architecture),
+            "preprocessing": describe_preprocessing(*sides), "epoch": 3,
+            "settings": {"lr": 0.01, "init": "/home/someone/resnet.pt", "init_detector": "/home/someone/final.pt"}}})
+    return path
+
+
+def authors_state(classes=23, prefix=""):
+    """A state dict in the layout of the released weights, of random numbers: 321 entries."""
+    torch.manual_seed(classes)
+    state = {}
+    for name, value in ResNet50(classes).state_dict().items():
+        name = {"conv1.weight": "conv2.weight", "fc.weight": "fclass.weight", "fc.bias": "fclass.bias"}.get(name, name)
+        if name.endswith("running_var"):
+            value = torch.rand_like(value) + 0.5
+        elif value.is_floating_point():
+            value = torch.randn_like(value) * (value.std() if value.numel() > 1 and value.std() > 0 else 0.1)
+        state[prefix + name] = value
+    state[f"{prefix}conv1.weight"] = torch.randn(64, 3, 7, 7)
+    return state
+
+
+def norm_entries(name, channels):
+    """(name, shape) of every entry of a batch norm."""
+    yield from ((f"{name}.{part}", (channels,)) for part in ("weight", "bias", "running_mean", "running_var"))
+    yield f"{name}.num_batches_tracked", ()
+
+
+def random_entries(entries):
+    """A state dict of these (name, shape) whose numbers neither grow nor vanish from layer to layer."""
+    generator, state = torch.Generator().manual_seed(3), {}
+    for name, shape in entries:
+        values = torch.randn(shape, generator=generator)
+        if name.endswith("num_batches_tracked"):
+            values = torch.tensor(7)
+        elif name.endswith("running_var") or shape == ():
+            values = 0.5 + values.abs()
+        elif len(shape) == 4:
+            values /= math.sqrt(math.prod(shape[1:]))
+        state[name] = values
+    return state
+
+
+def saved(content, **options):
+    """What torch.save makes of it, as bytes."""
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+FILES = [saved(content, _use_new_zipfile_serialization=new) for content in SMALL for new in (True, False)]
