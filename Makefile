@@ -27,16 +27,17 @@ demo: .venv/installed
 	  --image-size 64 --batch-size 16 --epochs 9 --schedule one-cycle --lr 0.01
 	@echo "the drawn ships: data/demo_images/sheet.png"
 
-SCENES = --train data/demo_scenes/train.json --test data/demo_scenes/test.json --resume --init none --channels 64 \
-  --tower-convs 2 --short 192 --long 192 --epochs 14 --lr-steps 11,14 --batch-size 4 --lr 0.04 --clip 35 \
+SCENES = --train data/demo_scenes/train.json --test data/demo_scenes/test.json --resume --init none --depth 18 \
+  --channels 64 --tower-convs 2 --short 192 --long 192 --epochs 12 --lr-steps 10,12 --batch-size 4 --lr 0.04 --clip 35 \
   --warmup-steps 60 --workers 0
+# A teacher trains twice as long, from other random weights: from the same ones its student's features come out alike.
+TEACHER = --epochs 24 --lr-steps 19,23 --seed 2
 
 demo-detection: .venv/installed
 	$(BIN)/python -m demo.draw_scenes data/demo_scenes --size 192
-	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 34 --epochs 28 --lr-steps 22,26 \
-	  --output runs/demo_detection/teacher
-	$(BIN)/python -m detection.train_gfl $(SCENES) --depth 18 --output runs/demo_detection/gfl
-	$(BIN)/python -m detection.train_ld $(SCENES) --depth 18 --output runs/demo_detection/ld \
+	$(BIN)/python -m detection.train_gfl $(SCENES) $(TEACHER) --output runs/demo_detection/teacher
+	$(BIN)/python -m detection.train_gfl $(SCENES) --output runs/demo_detection/gfl
+	$(BIN)/python -m detection.train_ld $(SCENES) --imitation finegrained --output runs/demo_detection/ld \
 	  --teacher runs/demo_detection/teacher/final.pt
 	$(BIN)/python -m detection.compare teacher=runs/demo_detection/teacher alone=runs/demo_detection/gfl \
 	  LD=runs/demo_detection/ld
@@ -44,25 +45,24 @@ demo-detection: .venv/installed
 
 demo-lad: .venv/installed
 	$(BIN)/python -m demo.draw_scenes data/demo_scenes --size 192
-	$(BIN)/python -m detection.train_paa $(SCENES) --depth 34 --epochs 28 --lr-steps 22,26 --output runs/demo_lad/teacher
-	$(BIN)/python -m detection.train_paa $(SCENES) --depth 18 --output runs/demo_lad/paa
-	$(BIN)/python -m detection.train_lad $(SCENES) --depth 18 --output runs/demo_lad/lad \
+	$(BIN)/python -m detection.train_paa $(SCENES) --anchor-size 0.5 $(TEACHER) --output runs/demo_lad/teacher
+	$(BIN)/python -m detection.train_paa $(SCENES) --anchor-size 0.5 --output runs/demo_lad/paa
+	$(BIN)/python -m detection.train_lad $(SCENES) --anchor-size 0.5 --output runs/demo_lad/lad \
 	  --teacher runs/demo_lad/teacher/final.pt
 	$(BIN)/python -m detection.compare teacher=runs/demo_lad/teacher alone=runs/demo_lad/paa LAD=runs/demo_lad/lad
 	$(BIN)/python -m detection.show_assignment data/demo_scenes/test.json --weights runs/demo_lad/paa/final.pt \
 	  runs/demo_lad/teacher/final.pt --output runs/demo_lad/assignment.png
 	@echo "positive anchors of the student alone and of its teacher: runs/demo_lad/assignment.png"
 
-ORIENTED = --train data/demo_oriented/train --test data/demo_oriented/test --resume --init none --channels 64 \
-  --tower-convs 1 --short 192 --long 192 --epochs 14 --lr-steps 11,14 --batch-size 2 --lr 0.03 --clip 5 \
-  --warmup-steps 60 --workers 0
+ORIENTED = --train data/demo_oriented/train --test data/demo_oriented/test --resume --init none --depth 18 \
+  --channels 64 --tower-convs 1 --anchor-size 0.5 --short 192 --long 192 --epochs 12 --lr-steps 10,12 --batch-size 2 \
+  --lr 0.03 --clip 5 --warmup-steps 60 --workers 0
 
 demo-rotated: .venv/installed
 	$(BIN)/python -m demo.draw_scenes data/demo_oriented --oriented --size 192
-	$(BIN)/python -m detection.train_rotated $(ORIENTED) --depth 34 --epochs 22 --lr-steps 18,21 \
-	  --output runs/demo_rotated/teacher
-	$(BIN)/python -m detection.train_rotated $(ORIENTED) --depth 18 --output runs/demo_rotated/alone
-	$(BIN)/python -m detection.train_rotated_ld $(ORIENTED) --depth 18 --output runs/demo_rotated/ld \
+	$(BIN)/python -m detection.train_rotated $(ORIENTED) $(TEACHER) --output runs/demo_rotated/teacher
+	$(BIN)/python -m detection.train_rotated $(ORIENTED) --output runs/demo_rotated/alone
+	$(BIN)/python -m detection.train_rotated_ld $(ORIENTED) --output runs/demo_rotated/ld \
 	  --teacher runs/demo_rotated/teacher/final.pt
 	$(BIN)/python -m detection.compare teacher=runs/demo_rotated/teacher alone=runs/demo_rotated/alone \
 	  LD=runs/demo_rotated/ld
