@@ -295,7 +295,7 @@ def detector_run(method, network, settings, **more):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     return engine.Run(**{"name": "test", "method": method, "settings": settings, "device": torch.device("cpu"),
                          "precision": "fp32", "network": network, "optimizer": optimizer, "sampler": [0],
-                         "train_annotations": None, "test_annotations": None, **more})
+                         "train_annotations": None, "test_annotations": None, "teacher": None, **more})
 
 
 def save_eager_detector(path, classes, architecture, sides):
