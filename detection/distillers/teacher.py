@@ -26,10 +26,21 @@ def load_teacher(path: str | Path, student: dict[str, Any], device: torch.device
     except UserError as error:
         raise UserError(f"--teacher {path}: {error}") from None
     say(f"teacher: {path}, {description['stage']} at epoch {description['epoch']}, {teacher.backbone.name}")
+    if start_alike(student, description):
+        say("note: the teacher began with the student's own weights, so their features are alike by themselves; for a "
+            "fair comparison give one of the two another --seed")
     teacher = fold_batch_norm(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
     if precision == "bf16":
         cast_convolutions(teacher, torch.bfloat16)
     return teacher
+
+
+def start_alike(student: dict[str, Any], teacher: dict[str, Any]) -> bool:
+    """Whether two runs, by the descriptions in their checkpoints, began with the same weights: they train the same
+    network from the same start with the same seed."""
+    starts = [[description.get("settings", {}).get(name) for name in ("seed", "init", "init_detector")]
+              for description in (student, teacher)]
+    return student["model"] == teacher["model"] and starts[0] == starts[1] != [None] * 3
 
 
 def check_pair(student: dict[str, Any], teacher: dict[str, Any], shared: Sequence[str] = GRID) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from common.runtime import UserError
-from detection.distillers.teacher import GRID, check_pair
+from detection.distillers.teacher import GRID, check_pair, start_alike
 
 FEATURES = (*GRID, "reg_max", "channels")
 
@@ -26,6 +26,17 @@ def test_equal_descriptions_fit():
     check_pair(description(), description())
     check_pair(description(), description(), FEATURES)
     check_pair(description(), description(channels=128, reg_max=8))  # features are not compared
+
+
+def test_a_teacher_of_the_same_start_is_told_apart():
+    settings = {"seed": 0, "init": "none", "init_detector": ""}
+    student = {**description(), "settings": settings}
+    assert start_alike(student, {**description(), "settings": {**settings, "epochs": 24}})
+    for teacher in ({**description(), "settings": {**settings, "seed": 1}},
+                    {**description(), "settings": {**settings, "init": "imagenet"}},
+                    {**description(channels=128), "settings": settings}, description()):
+        assert not start_alike(student, teacher)
+    assert not start_alike(description(), description())  # converted ones do not say
 
 
 @pytest.mark.parametrize("changes, words", [
